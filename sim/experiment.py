@@ -1,0 +1,279 @@
+"""One run of the simulator from a setting to a result, with the bounds and references that stand beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import IO, Any
+
+import numpy as np
+
+from sim import bounds, registry
+from sim.ledger import Counts, Ledger, LoadLog, Timeline
+from sim.machine import HardwareProfile
+from sim.planner import Planner, layer_sizes
+from sim.simpy_driver import Predict, Simulation
+from sim.spec import Options, Spec, SpecError, bind, options, parse
+from sim.timing import Timing
+from traces import DECODE, PREFILL, ModelSpec, Trace
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a run depends on.
+
+    Attributes:
+        trace: routing to replay; its layers, experts and top_k must be the model's.
+        machine, model, bits, slots, options: what is timed and how it is scheduled.
+        cold_sequences: caches are emptied where a sequence starts.
+    """
+
+    trace: Trace
+    machine: HardwareProfile
+    model: ModelSpec
+    bits: int
+    slots: int
+    options: Options
+    cold_sequences: bool = False
+
+
+def predictor(setting: Setting) -> Predict | None:
+    """The guesses a policy asks for: a plug-in by name, or guesses recorded in the trace under that name.
+
+    Raises:
+        SpecError: neither.
+    """
+    if not setting.options.prefetches:
+        return None
+    spec = parse(setting.options.predictor)
+    known = registry.plugins("predictor")
+    if spec.name not in known:
+        if spec.name not in setting.trace.guesses:
+            recorded = ", ".join(setting.trace.guesses) or "none"
+            raise SpecError(
+                f"predictor {spec.name!r} is neither a plug-in ({', '.join(known)}) nor recorded in the trace "
+                f"({recorded})"
+            )
+        spec = Spec("recorded", {"name": spec.name})
+    chosen = bind("predictor", spec)
+    predict: Predict = chosen.module.make(chosen.params, setting.trace)
+    return predict
+
+
+def fit(model: ModelSpec, trace: Trace) -> ModelSpec:
+    """``model`` at the trace's depth.
+
+    Raises:
+        SpecError: other experts or top_k than the trace, or fewer layers.
+    """
+    routed = trace.model
+    if (model.num_experts, model.top_k) != (routed.num_experts, routed.top_k):
+        raise SpecError(
+            f"the trace routes top-{routed.top_k} of {routed.num_experts} experts, {model.name} top-{model.top_k} of "
+            f"{model.num_experts}; name a model of the trace's shape, or a trace of the model's"
+        )
+    try:
+        return model.at_depth(routed.num_layers)
+    except ValueError as error:
+        raise SpecError(f"{error}; name a model at least as deep as the trace") from None
+
+
+def planner(setting: Setting, timing: Timing, keep_time: bool = False) -> Planner:
+    """A fresh planner for one run; with the future, if its cache rule needs it."""
+    needs_future = setting.options.cache.needs_future
+    next_use = bounds.next_use_tables(setting.trace) if needs_future else None
+    return Planner(setting.model, setting.options, setting.slots, timing, next_use, keep_time)
+
+
+def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> Ledger:
+    """Run the SimPy driver once."""
+    timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
+    simulation = Simulation(
+        setting.trace,
+        planner(setting, timing),
+        timing,
+        setting.options,
+        predictor(setting),
+        setting.cold_sequences,
+        Ledger(log=LoadLog(log)),
+        timeline,
+    )
+    return simulation.run()
+
+
+def pass_ends_ns(setting: Setting) -> list[int]:
+    """End of every forward pass on the planner's virtual clock: the SimPy driver's times by arithmetic alone."""
+    timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
+    decide = planner(setting, timing, keep_time=True)
+    predict = predictor(setting)
+    visits = setting.trace.visits()
+    ends = []
+    sequence = -1
+    for forward in setting.trace.passes():
+        if setting.cold_sequences and forward.sequence != sequence:
+            decide.reset()
+        sequence = forward.sequence
+        for _ in range(setting.model.num_layers):
+            visit = next(visits)
+            if predict is not None:
+                visit.guesses = predict(visit, forward.first)
+            decide.plan(visit)
+        ends.append(decide.clock.now)
+    return ends
+
+
+def quick_tpot_s(setting: Setting) -> float | None:
+    """TPOT alone, without the SimPy driver; None when no pass is timed."""
+    ends = pass_ends_ns(setting)
+    starts = [0, *ends[:-1]]
+    timed = bounds.timed_passes(setting.trace)
+    lengths = [end - start for start, end, counts in zip(starts, ends, timed, strict=True) if counts]
+    return sum(lengths) / len(lengths) / 1e9 if lengths else None
+
+
+@dataclass
+class Experiment:
+    """Runs settings that share a trace; references are simulated once and remembered."""
+
+    references: bool = True
+    _tpot: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
+
+    def run(self, setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> dict[str, Any]:
+        """The JSON object of one run (interface contract)."""
+        ledger = replay(setting, log, timeline)
+        result = summary(setting, ledger)
+        self._tpot[_key(setting)] = result["tpot_s"]
+        result["bounds"] = self._bounds(setting)
+        floor, tpot = result["bounds"]["joint_floor_s"], result["tpot_s"]
+        if tpot is not None and tpot < floor * (1 - 1e-9):
+            raise AssertionError(f"TPOT {tpot} is below the joint floor {floor}: the simulator is wrong")
+        return result
+
+    def _bounds(self, setting: Setting) -> dict[str, float | None]:
+        timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
+        trace, run = setting.trace, setting.options
+        tokens = sum(bounds.timed_passes(trace))
+        if not tokens:
+            return dict.fromkeys(BOUNDS, 0.0)
+        landing = run.landing_slots if run.prefetches else 0
+        loads = bounds.fewest_loads(trace, layer_sizes(setting.model, run, setting.slots), landing)
+        resident_s = bounds.all_resident_ns(trace, timing) / tokens / 1e9
+        link_s = bounds.link_floor_ns(loads, setting.machine, timing.expert_bytes) / tokens / 1e9
+        values: dict[str, float | None] = {
+            "all_resident_s": resident_s,
+            "link_floor_s": link_s,
+            "joint_floor_s": max(resident_s, link_s),
+        }
+        if self.references:
+            values |= {name: self._reference(setting, name) for name in BOUNDS[3:]}
+        return values
+
+    def _reference(self, setting: Setting, name: str) -> float | None:
+        """TPOT of a run that knows the future, or never looks ahead, with the same slots."""
+        run = setting.options
+        distance = 0 if name == "demand_only_s" else run.lookahead
+        cache = "belady" if name.endswith("belady_s") else "lru"
+        shared = {"landing_slots": run.landing_slots, "stream_slots": run.stream_slots}
+        chunks = {"chunk_bytes": run.chunk_bytes, "max_submitted": run.max_submitted} if run.copy_stream else {}
+        text = f"speculative:lookahead={distance}" if distance else "on_demand"
+        perfect = options(text, cache=cache, predictor=f"oracle:reach={max(1, distance)}", **shared, **chunks)
+        other = replace(setting, options=perfect)
+        key = _key(other)
+        if key not in self._tpot:
+            self._tpot[key] = quick_tpot_s(other)
+        return self._tpot[key]
+
+
+BOUNDS = (
+    "all_resident_s",
+    "link_floor_s",
+    "joint_floor_s",
+    "demand_only_s",
+    "perfect_lookahead_s",
+    "perfect_lookahead_belady_s",
+)
+
+
+def _key(setting: Setting) -> tuple[Any, ...]:
+    run = setting.options.replace(text="")
+    plugins = (run.policy.text(), run.cache.text(), run.predictor if run.prefetches else "")
+    rest = (run.stale, run.landing_slots, run.stream_slots, run.write_back, run.copy_stream)
+    return (*plugins, *rest, run.chunk_bytes, run.max_submitted, setting.slots, setting.bits, setting.cold_sequences)
+
+
+def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
+    """All figures of a run but its bounds, as JSON values; times in seconds per decode token unless named otherwise."""
+    trace, run = setting.trace, setting.options
+    decode, prefill = ledger.phases[DECODE], ledger.phases[PREFILL]
+    timing = Timing(setting.machine, setting.model, setting.bits, run)
+    timed = [ns for ns, counts in zip(ledger.decode_ns, ledger.timed, strict=True) if counts]
+    tpot_s = sum(timed) / len(timed) / 1e9 if timed else None
+    measured = timing.measured
+    planner_slots = sum(layer_sizes(setting.model, run, setting.slots)) + run.stream_slots
+    planner_slots += run.landing_slots if run.prefetches else 0
+    kv = setting.model.kv_bytes * setting.model.num_layers * int(trace.sequence_lengths.max(initial=0))
+    return {
+        "policy": run.text,
+        "cache": run.cache.text(),
+        "predictor": run.predictor if run.prefetches else None,
+        "model": setting.model.name,
+        "machine": setting.machine.name,
+        "bits": setting.bits,
+        "slots": setting.slots,
+        "tokens": trace.num_tokens,
+        "decode_tokens": decode.tokens,
+        **phase_keys(decode),
+        "ttft_s": float(np.mean(ledger.ttft_ns)) / 1e9 if ledger.ttft_ns else None,
+        "tpot_s": tpot_s,
+        "itl_p50_s": float(np.percentile(timed, 50)) / 1e9 if timed else None,
+        "itl_p99_s": float(np.percentile(timed, 99)) / 1e9 if timed else None,
+        "tokens_per_s": 1 / tpot_s if tpot_s else None,
+        "vram_bytes": setting.model.dense_bytes + planner_slots * timing.expert_bytes + kv,
+        "host_bytes": setting.model.num_layers * setting.model.num_experts * timing.expert_bytes,
+        "regime": regime(decode),
+        "evidence": "SIMULATED" if measured and setting.machine.evidence == "MEASURED" else "ESTIMATED",
+        "routing": trace.routing,
+        "driver": "simpy",
+        "load_log_sha256": ledger.log.sha256,
+        "landing_slots": run.landing_slots,
+        "stream_slots": run.stream_slots,
+        "expert_bytes": timing.expert_bytes,
+        "prefill": phase_keys(prefill),
+    }
+
+
+def phase_keys(counts: Counts) -> dict[str, Any]:
+    """The keys that stand once for decode and once under ``prefill``; seconds are per token of the phase's passes."""
+    passes = max(1, counts.passes)
+    elapsed = max(1, counts.elapsed_ns)
+    loads = counts.prefetch_loads
+    stall_ns = counts.stall_miss_ns + counts.stall_late_ns
+    useful = (counts.h2d_bytes - counts.wasted_bytes) / counts.h2d_bytes if counts.h2d_bytes else 0.0
+    would_miss = counts.prefetch_used + counts.misses
+    return {
+        "accesses": counts.accesses,
+        "token_accesses": counts.token_accesses,
+        "hits": counts.hits,
+        "late": counts.late,
+        "misses": counts.misses,
+        "demand_loads": counts.demand_loads,
+        "prefetch_loads": loads,
+        "prefetch_used": counts.prefetch_used,
+        "retracted": counts.retracted,
+        "h2d_bytes": counts.h2d_bytes,
+        "wasted_bytes": counts.wasted_bytes,
+        "prefetch_precision": counts.prefetch_used / loads if loads else None,
+        "prefetch_coverage": counts.prefetch_used / would_miss if would_miss else None,
+        "overlap": max(0.0, 1 - stall_ns / counts.link_busy_ns) if counts.link_busy_ns else None,
+        "stall_s": stall_ns / passes / 1e9,
+        "stall_miss_s": counts.stall_miss_ns / passes / 1e9,
+        "stall_late_s": counts.stall_late_ns / passes / 1e9,
+        "link_busy": counts.link_busy_ns / elapsed,
+        "link_useful": counts.link_busy_ns / elapsed * useful,
+        "compute_busy": counts.compute_ns / elapsed,
+    }
+
+
+def regime(counts: Counts) -> str:
+    """Which resource is busy longest: ``compute``, ``link`` or ``latency`` (host, synchronisation)."""
+    busy = {"compute": counts.compute_ns, "link": counts.link_busy_ns, "latency": counts.latency_ns}
+    return max(busy, key=lambda name: busy[name])

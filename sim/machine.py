@@ -1,0 +1,220 @@
+"""Machines and model shapes: loaded by name or file, changed field by field with ``--set``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sim.spec import SpecError
+from traces import ModelSpec
+
+PROFILES = Path(__file__).parent / "profiles"
+MODELS = Path(__file__).parent / "models"
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """The host-device connection, page-locked copies.
+
+    Attributes:
+        h2d_gb_s, d2h_gb_s: decimal GB/s of each direction alone.
+        h2d_fixed_s, d2h_fixed_s: fixed cost of one copy (chunk).
+        h2d_duplex_gb_s: H2D while D2H is busy.
+    """
+
+    h2d_gb_s: float
+    h2d_fixed_s: float
+    d2h_gb_s: float
+    d2h_fixed_s: float
+    h2d_duplex_gb_s: float
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Measured laws of one model on one machine: seconds = fixed + slope x quantity.
+
+    Attributes:
+        dense: fixed, per token, per token of context: one layer's attention, norms and router, with the copy that
+            brings the routing to the host.
+        expert: by bits: fixed, per token, for one expert.
+        head: fixed, per token: after the last layer until the next token is chosen and embedded.
+        gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
+        host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
+        stream_s: extra host time for each expert streamed through.
+    """
+
+    dense: tuple[float, float, float]
+    expert: dict[str, tuple[float, float]]
+    head: tuple[float, float]
+    gates: tuple[float, ...] = ()
+    host_s: dict[str, float] = field(default_factory=dict)
+    stream_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """What a machine takes: published or measured.
+
+    Attributes:
+        vram_gb, host_gb: memory on the device and beside it.
+        memory_gb_s, memory_efficiency: device memory bandwidth and the share of it a kernel reaches.
+        tflops, tflops_efficiency: 16-bit arithmetic and the share of it reached.
+        layer_fixed_s, expert_fixed_s, head_fixed_s: launches of one layer's dense part, one expert, the head.
+        sync_s: bringing the routing to the host, once per layer.
+        host_s: planning one visit.
+        wake_s: from the end of a plan until its first copy can start.
+        evidence: ``ESTIMATED`` (published figures) or ``MEASURED``.
+        operators: measured laws by model name; they replace the roofline for that model.
+        sources: where each value comes from, by dotted field name.
+    """
+
+    name: str
+    vram_gb: float
+    host_gb: float
+    link: LinkProfile
+    memory_gb_s: float = 0.0
+    memory_efficiency: float = 0.65
+    tflops: float = 0.0
+    tflops_efficiency: float = 0.5
+    layer_fixed_s: float = 0.0
+    expert_fixed_s: float = 0.0
+    head_fixed_s: float = 0.0
+    sync_s: float = 0.0
+    host_s: float = 0.0
+    wake_s: float = 0.0
+    evidence: str = "ESTIMATED"
+    operators: dict[str, Operators] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile file's content."""
+        values = dataclasses.asdict(self)
+        evidence, sources = values.pop("evidence"), values.pop("sources")
+        return {"machine": values, "evidence": evidence, "sources": sources}
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the shipped profiles or models."""
+    return sorted(p.stem for p in folder.glob("*.json"))
+
+
+def _read(kind: str, folder: Path, name_or_file: str) -> dict[str, Any]:
+    path = Path(name_or_file)
+    if path.suffix != ".json":
+        path = folder / f"{name_or_file}.json"
+    if not path.is_file():
+        known = ", ".join(names(folder))
+        raise SpecError(f"{kind} {name_or_file!r} not found; name one of {known}, or a .json file")
+    try:
+        content = json.loads(path.read_text())
+        values = content[kind]
+        if not isinstance(values, dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SpecError(f"{path.name} is no {kind} file: it must be JSON with an object {kind!r}") from None
+    found: dict[str, Any] = content
+    return found
+
+
+def load_machine(name_or_file: str) -> HardwareProfile:
+    """A shipped profile by name, or a profile file.
+
+    Raises:
+        SpecError: not found, not a profile, or an unknown or missing field.
+    """
+    content = _read("machine", PROFILES, name_or_file)
+    return machine_from(content["machine"], content.get("evidence", "ESTIMATED"), content.get("sources", {}))
+
+
+def machine_from(values: dict[str, Any], evidence: str, sources: dict[str, str]) -> HardwareProfile:
+    """Build a profile from a profile file's parts."""
+    known = {f.name for f in dataclasses.fields(HardwareProfile)} - {"evidence", "sources"}
+    try:
+        unknown = set(values) - known
+        if unknown:
+            raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")
+        link = LinkProfile(**{k: _positive(f"machine.link.{k}", v) for k, v in values["link"].items()})
+        operators = {
+            model: Operators(
+                dense=tuple(law["dense"]),
+                expert={bits: tuple(v) for bits, v in law["expert"].items()},
+                head=tuple(law["head"]),
+                gates=tuple(law.get("gates", ())),
+                host_s=dict(law.get("host_s", {})),
+                stream_s=law.get("stream_s", 0.0),
+            )
+            for model, law in values.get("operators", {}).items()
+        }
+        plain = {k: v for k, v in values.items() if k not in ("link", "operators", "name")}
+        numbers = {k: _positive(f"machine.{k}", v) for k, v in plain.items()}
+        return HardwareProfile(
+            name=values["name"], link=link, operators=operators, evidence=evidence, sources=sources, **numbers
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"machine profile: a field is missing or of the wrong kind ({error})") from None
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
+        raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
+    if name.endswith("_gb_s") and ".link." in name and value == 0:
+        raise SpecError(f"{name} is 0; a bandwidth must be above 0")
+    return float(value)
+
+
+def load_model(name_or_file: str) -> ModelSpec:
+    """A shipped model shape by name, or a file.
+
+    Raises:
+        SpecError: not found or not a model shape.
+    """
+    try:
+        return ModelSpec.from_json(_read("model", MODELS, name_or_file)["model"])
+    except SpecError:
+        raise
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+
+
+def override(machine: HardwareProfile, model: ModelSpec, items: list[str]) -> tuple[HardwareProfile, ModelSpec]:
+    """Apply ``--set machine.link.h2d_gb_s=52`` style changes.
+
+    Raises:
+        SpecError: not KEY=VALUE, an unknown field, or a value of the wrong kind.
+    """
+    for item in items:
+        key, equals, text = item.partition("=")
+        root, _, path = key.partition(".")
+        if not equals or root not in ("machine", "model") or not path:
+            raise SpecError(f"--set {item!r}: write machine.FIELD=VALUE or model.FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if root == "machine":
+            values = machine.to_json()
+            _assign(values["machine"], path.split("."), value, key)
+            sources = machine.sources | {path: "set by the user"}
+            machine = machine_from(values["machine"], machine.evidence, sources)
+        else:
+            fields = model.to_json()
+            _assign(fields, [path], value, key)
+            try:
+                model = ModelSpec.from_json(fields)
+            except ValueError as error:
+                raise SpecError(f"--set {item}: {error}") from None
+    return machine, model
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            raise SpecError(f"--set {key}: there is no field {part!r}; fields: {', '.join(values)}")
+        values = inner
+    if path[-1] not in values or isinstance(values[path[-1]], dict):
+        raise SpecError(f"--set {key}: there is no field {path[-1]!r}; fields: {', '.join(values)}")
+    values[path[-1]] = value

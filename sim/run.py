@@ -1,0 +1,276 @@
+"""Simulate scheduling policies on a routing trace.
+
+    python -m sim.run --policy speculative
+    python -m sim.run --policy on_demand --policy speculative:lookahead=2 --machine rtx4090 --bits 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import traces
+from sim import machine as machines
+from sim import registry
+from sim.experiment import BOUNDS, Experiment, Setting, fit
+from sim.ledger import Timeline
+from sim.presets import PRESETS
+from sim.spec import Options, SpecError, options
+from traces import ModelSpec, Trace, TraceError
+from traces.format import shipped
+
+BASELINES = ("on_demand", "mixtral_offloading")
+DEFAULT_MODEL = "mixtral-8x7b"
+CHOICE_KEYS = ("policy", "bits", "slots", "chunk_bytes", "context")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of ``sim.run``; plug-ins and presets are listed from the registry."""
+    presets = "\n".join(f"  {name} = {preset.spec}" for name, preset in PRESETS.items())
+    epilog = (
+        f"policies:\n{registry.describe('policy')}\npresets:\n{presets}\ncaches:\n{registry.describe('cache')}\n"
+        f"predictors (or the name of guesses recorded in the trace):\n{registry.describe('predictor')}\n"
+        f"machines: {', '.join(machines.names(machines.PROFILES))}\nmodels: {', '.join(machines.names(machines.MODELS))}"
+    )
+    p = argparse.ArgumentParser(
+        prog="python -m sim.run",
+        description="Simulate scheduling policies on a routing trace.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--trace", metavar="FILE", help="routing trace (default: the shipped recorded one)")
+    p.add_argument("--machine", default="rtx3090", metavar="NAME|FILE", help="default %(default)s")
+    p.add_argument("--model", metavar="NAME|FILE", help=f"default {DEFAULT_MODEL}; with --trace, the trace's own")
+    p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="width of the routed experts (default 4)")
+    p.add_argument("--slots", type=int, metavar="N", help="cache slots per layer (default: half of the experts)")
+    p.add_argument("--policy", action="append", metavar="SPEC", help="repeatable (default speculative)")
+    p.add_argument("--no-baselines", action="store_true", help=f"leave out {' and '.join(BASELINES)}")
+    p.add_argument("--cache", default="lru", metavar="SPEC", help="for policies that name none (default %(default)s)")
+    p.add_argument("--predictor", default="recorded", metavar="SPEC", help="likewise (default %(default)s)")
+    p.add_argument("--tokens", type=int, metavar="N", help="first N decode tokens only")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of anything random (default %(default)s)")
+    p.add_argument("--driver", choices=("simpy", "compiled"), default="simpy", help="default %(default)s")
+    p.add_argument("--timeline", metavar="FILE.json.gz", help="write a timeline for Perfetto (one --policy)")
+    p.add_argument("--load-log", metavar="FILE", help="write every load as a JSON line (one --policy)")
+    p.add_argument("--cold-sequences", action="store_true", help="empty the caches where a sequence starts")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: machine.X, model.X")
+    p.add_argument("--choice", metavar="FILE", help="take policy, bits, slots, chunk_bytes, context from a choice file")
+    return p
+
+
+def read_choice(path: str) -> dict[str, Any]:
+    """The known keys of a choice file.
+
+    Raises:
+        SpecError: unreadable, or not a JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--choice {path}: {error}; it must be a JSON file with {', '.join(CHOICE_KEYS)}") from None
+    if not isinstance(content, dict):
+        raise SpecError(f"--choice {path} holds no JSON object; it must have {', '.join(CHOICE_KEYS)}")
+    return {k: content[k] for k in CHOICE_KEYS if content.get(k) is not None}
+
+
+def apply_choice(args: argparse.Namespace) -> None:
+    """Fill flags that were not given from ``--choice``; an explicit flag wins and is reported."""
+    for key, value in (read_choice(args.choice) if args.choice else {}).items():
+        if key == "policy" and not args.policy:
+            args.policy = [str(value)]
+        elif key in ("bits", "slots") and getattr(args, key) is None:
+            if not isinstance(value, int):
+                raise SpecError(f"--choice {args.choice}: {key} is {value!r}; it must be an integer")
+            setattr(args, key, value)
+        elif key in ("chunk_bytes", "context"):
+            setattr(args, key, value)
+        else:
+            print(f"--{key} on the command line wins over the choice file's {value}", file=sys.stderr)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
+    """The setting shared by all runs, and the options of each.
+
+    Raises:
+        SpecError, TraceError: any input that cannot be used.
+    """
+    apply_choice(args)
+    trace = traces.load(args.trace or shipped())
+    if args.tokens is not None:
+        if args.tokens < 1:
+            raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
+        trace = trace.head(args.tokens)
+    if args.model or not args.trace:
+        model = fit(machines.load_model(args.model or DEFAULT_MODEL), trace)
+    else:
+        model = trace.model
+    machine, model = machines.override(machines.load_machine(args.machine), model, args.set)
+    extra = {"chunk_bytes": args.chunk_bytes} if getattr(args, "chunk_bytes", None) is not None else {}
+    runs = [options(p, args.cache, args.predictor, **extra) for p in args.policy or ["speculative"]]
+    if len(runs) == 1 and not args.no_baselines:
+        landing = runs[0].landing_slots
+        runs += [options(b, args.cache, args.predictor, landing_slots=landing) for b in BASELINES]
+    elif len(runs) > 1 and (args.timeline or args.load_log):
+        raise SpecError("--timeline and --load-log describe one run; give exactly one --policy with them")
+    slots = args.slots if args.slots is not None else model.num_experts // 2
+    setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences)
+    return setting, runs
+
+
+@contextmanager
+def written(path: str | None) -> Iterator[IO[str] | None]:
+    """A text file that appears under its name only when it is complete; gzip for ``.gz``; None without a path."""
+    if path is None:
+        yield None
+        return
+    temporary = Path(f"{path}.tmp")
+    try:
+        with temporary.open("wb") as raw:
+            if path.endswith(".gz"):
+                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
+                    with io.TextIOWrapper(packed, encoding="utf-8") as text:
+                        yield text
+            else:
+                with io.TextIOWrapper(raw, encoding="utf-8") as text:
+                    yield text
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Simulate everything asked for and print it; the returned document is the last line of output."""
+    setting, runs = prepare(args)
+    if args.driver == "compiled":
+        print("this version has no compiled driver; the SimPy driver runs instead", file=sys.stderr)
+    print_setting(setting)
+    experiment = Experiment()
+    results = []
+    for number, chosen in enumerate(runs):
+        first = number == 0
+        timeline = Timeline("simulated") if first and args.timeline else None
+        print(f"simulating {chosen.text} ...", file=sys.stderr)
+        one = Setting(**{**vars(setting), "options": chosen})
+        with written(args.load_log if first else None) as log:
+            results.append(experiment.run(one, log, timeline))
+        if timeline is not None:
+            with written(args.timeline) as file:
+                assert file is not None
+                file.write(timeline.text())
+        results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args), "scaled": scaled(one, results[-1])}
+    print_table(setting, results)
+    if len(args.policy or [0]) == 1:
+        document = results[0]
+        if not args.no_baselines:
+            document = document | {"baselines": results[1:]}
+        return document
+    return {"runs": results}
+
+
+def trace_name(args: argparse.Namespace) -> str:
+    return Path(args.trace or shipped()).name
+
+
+def scaled(setting: Setting, result: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures carried over to all layers of a model that was run at reduced depth; ESTIMATED."""
+    layers, full = setting.model.num_layers, setting.model.full_layers
+    if not full or result["tpot_s"] is None:
+        return None
+    from sim.timing import Timing
+
+    head_s = Timing(setting.machine, setting.model, setting.bits, setting.options).head_ns(1) / 1e9
+    tpot_s = (result["tpot_s"] - head_s) * full / layers + head_s
+    return {"layers": full, "tpot_s": tpot_s, "tokens_per_s": 1 / tpot_s, "evidence": "ESTIMATED"}
+
+
+def shape_text(model: ModelSpec) -> str:
+    depth = f"{model.num_layers} of {model.full_layers} layers" if model.full_layers else f"{model.num_layers} layers"
+    return f"{model.name}, {depth}"
+
+
+def print_setting(setting: Setting) -> None:
+    """What is replayed on what, and how far each part can be trusted."""
+    trace, model, machine = setting.trace, setting.model, setting.machine
+    made = trace.provenance.get("model") or trace.model.name
+    print(
+        f"routing  {trace.routing}: {trace.num_decode_tokens:,} decode tokens in {len(trace.sequence_lengths)} "
+        f"sequences of {made}, {trace.model.num_layers} layers x {model.num_experts} experts, top-{model.top_k}"
+    )
+    size = model.expert_bytes(setting.bits) / 1e6
+    print(f"model    {shape_text(model)}, {setting.bits}-bit experts of {size:.3g} MB")
+    link = machine.link
+    copy_ms = (model.expert_bytes(setting.bits) / link.h2d_gb_s / 1e9 + link.h2d_fixed_s) * 1e3
+    print(
+        f"machine  {machine.name} ({machine.evidence}): {machine.vram_gb:g} GB, link {link.h2d_gb_s:g} GB/s to the "
+        f"device, {copy_ms:.3g} ms for one expert"
+    )
+
+
+def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
+    """One line per run, best first, then bounds and references."""
+    print()
+    name = max(24, *(len(r["policy"]) for r in results))
+    head = (
+        f"{'policy':{name}} {'tokens/s':>9} {'TPOT ms':>8} {'stall ms':>9} {'miss+late':>15} {'hit %':>6} {'late':>5} "
+        f"{'miss':>5} {'GB/token':>9} {'link busy':>9} {'VRAM GB':>8}  regime"
+    )
+    print(head)
+    for r in sorted(results, key=lambda r: r["tpot_s"] or 0):
+        share = 100 / max(1, r["accesses"])
+        print(
+            f"{r['policy']:{name}} {r['tokens_per_s'] or 0:9.2f} {(r['tpot_s'] or 0) * 1e3:8.2f} "
+            f"{r['stall_s'] * 1e3:9.2f} {r['stall_miss_s'] * 1e3:7.2f}+{r['stall_late_s'] * 1e3:<7.2f} "
+            f"{r['hits'] * share:6.1f} {r['late'] * share:5.1f} {r['misses'] * share:5.1f} "
+            f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / 1e9:9.3f} {r['link_busy'] * 100:8.0f}% "
+            f"{r['vram_bytes'] / 1e9:8.2f}  {r['regime']}"
+        )
+    print(f"all figures per decode token, {results[0]['evidence']} (simulated on the profile above)\n")
+    first = results[0]
+    bounds = first["bounds"]
+    labels = {
+        "all_resident_s": "all resident (compute only)",
+        "link_floor_s": "link floor (fewest loads any schedule needs)",
+        "joint_floor_s": "joint floor: no schedule is faster",
+        "demand_only_s": "reference: on demand, LRU, same slots",
+        "perfect_lookahead_s": f"reference: perfect guesses at the same distance ({setting.options.lookahead}), LRU",
+        "perfect_lookahead_belady_s": "reference: the same with Belady eviction",
+    }
+    print(f"TPOT in ms beside {first['policy']} at {(first['tpot_s'] or 0) * 1e3:.2f}:")
+    for key in BOUNDS:
+        print(f"  {bounds[key] * 1e3:8.2f}  {labels[key]}")
+    for other in results[1:]:
+        if other["tpot_s"] and first["tpot_s"]:
+            gain = (other["tpot_s"] / first["tpot_s"] - 1) * 100
+            print(f"{first['policy']} against {other['policy']}: {gain:+.1f} % tokens/s")
+    if first["scaled"]:
+        line = ", ".join(f"{r['policy']} {r['scaled']['tokens_per_s']:.2f}" for r in results)
+        print(f"scaled to all {first['scaled']['layers']} layers (ESTIMATED), tokens/s: {line}")
+    vram, size = setting.machine.vram_gb * 1e9, first["vram_bytes"]
+    if size > vram:
+        print(f"does not fit: {size / 1e9:.2f} GB on the device, {setting.machine.vram_gb:g} GB there")
+    print()
+
+
+def main() -> int:
+    """Command line entry; 2 on bad input."""
+    args = parser().parse_args()
+    try:
+        document = run(args)
+    except (SpecError, TraceError, OSError) as error:
+        print(f"sim.run: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,137 @@
+"""Integer nanoseconds of every operator, from a machine, a model and a bit width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+
+from sim.link import ChunkTimes
+from sim.machine import HardwareProfile, LinkProfile
+from sim.spec import Options, SpecError
+from traces import ModelSpec
+
+
+def ns(seconds: float) -> int:
+    """Seconds as integer nanoseconds, rounded."""
+    return round(seconds * 1e9)
+
+
+def copy_ns(nbytes: int, gb_s: float, fixed_s: float) -> int:
+    """One copy: fixed + ceil(bytes / bandwidth)."""
+    return ns(fixed_s) + ceil(nbytes * 1_000_000_000 / round(gb_s * 1e9))
+
+
+class Timing:
+    """What each step of a visit takes.
+
+    Args:
+        machine: measured laws of this model win over the roofline.
+        model: the shape whose times are wanted.
+        bits: width of the routed experts.
+        options: its lookahead adds the lookahead gates, its policy chooses the host time.
+
+    Raises:
+        SpecError: the machine has neither measured laws for this model and width nor a memory bandwidth.
+    """
+
+    def __init__(self, machine: HardwareProfile, model: ModelSpec, bits: int, options: Options) -> None:
+        self.machine = machine
+        self.model = model
+        self.expert_bytes = model.expert_bytes(bits)
+        self.chunks = chunk_times(machine.link, self.expert_bytes, options.chunk_size(self.expert_bytes))
+        link = machine.link
+        self.write_back_ns = copy_ns(self.expert_bytes, link.d2h_gb_s, link.d2h_fixed_s)
+        self.wake_ns = ns(machine.wake_s)
+        self.measured = model.name in machine.operators
+        self._expert: dict[int, int] = {}
+        if self.measured:
+            self._use_measured(bits, options)
+        elif machine.memory_gb_s and machine.tflops:
+            self._use_roofline(options)
+        else:
+            raise SpecError(
+                f"profile {machine.name!r} has measured {', '.join(machine.operators) or 'no model'} and gives no "
+                f"memory_gb_s and tflops to estimate {model.name}; name another machine or model"
+            )
+
+    def _use_measured(self, bits: int, options: Options) -> None:
+        laws = self.machine.operators[self.model.name]
+        if str(bits) not in laws.expert:
+            raise SpecError(
+                f"profile {self.machine.name!r} has measured {self.model.name} at {', '.join(laws.expert)} bits, "
+                f"not at {bits}; calibrate that width or name one of these"
+            )
+        fixed, per_token, per_context = laws.dense
+        gates_s = laws.gates[min(options.lookahead, len(laws.gates)) - 1] if options.lookahead and laws.gates else 0.0
+        self.gates_ns = ns(gates_s)
+        self.sync_ns = 0
+        self.host_ns = ns(laws.host_s.get(options.policy.name, laws.host_s.get("default", self.machine.host_s)))
+        self.stream_ns = ns(laws.stream_s)
+        self.shared_ns = 0
+        expert_fixed, expert_token = laws.expert[str(bits)]
+        self._dense_s: Callable[[int, int], float] = lambda n, context: (
+            fixed + per_token * n + per_context * (context + n)
+        )
+        self._expert_s: Callable[[int], float] = lambda n: expert_fixed + expert_token * n
+        self._head_s: Callable[[int], float] = lambda n: laws.head[0] + laws.head[1]
+
+    def _use_roofline(self, options: Options) -> None:
+        machine, model = self.machine, self.model
+        bytes_per_s = machine.memory_gb_s * 1e9 * machine.memory_efficiency
+        flops = machine.tflops * 1e12 * machine.tflops_efficiency
+
+        def weights_s(nbytes: int, weights: float, n: int) -> float:
+            return max(nbytes / bytes_per_s, 2 * weights * n / flops)
+
+        gate_bytes = 2 * model.hidden_size * model.num_experts * options.lookahead
+        self.gates_ns = ns(gate_bytes / bytes_per_s)
+        self.sync_ns = ns(machine.sync_s)
+        self.host_ns = ns(machine.host_s)
+        self.stream_ns = 0
+        self.shared_ns = ns(weights_s(model.shared_bytes, model.shared_bytes / 2, 1)) if model.shared_bytes else 0
+        self._dense_s = lambda n, context: (
+            machine.layer_fixed_s
+            + weights_s(model.attention_bytes, model.attention_bytes / 2, n)
+            + model.kv_bytes * (context + n) / bytes_per_s
+        )
+        self._expert_s = lambda n: machine.expert_fixed_s + weights_s(self.expert_bytes, model.expert_weights, n)
+        self._head_s = lambda n: machine.head_fixed_s + weights_s(model.head_bytes, model.head_bytes / 2, 1)
+
+    def dense_ns(self, n: int, context: int) -> int:
+        """Attention, norms and router of one layer for ``n`` tokens after ``context`` others."""
+        return ns(self._dense_s(n, context))
+
+    def routed_ns(self, n: int, context: int) -> int:
+        """From the start of a visit until the host knows the routing and the guesses."""
+        return self.dense_ns(n, context) + self.gates_ns + self.sync_ns
+
+    def expert_ns(self, n: int) -> int:
+        """One resident expert for ``n`` tokens."""
+        if n not in self._expert:
+            self._expert[n] = ns(self._expert_s(n))
+        return self._expert[n]
+
+    def head_ns(self, n: int) -> int:
+        """After the last layer until the next token is chosen."""
+        return ns(self._head_s(n))
+
+    def plain_visit_ns(self) -> int:
+        """A decode visit at context 0 without any stall: the unit in which the planner looks ahead."""
+        experts = self.shared_ns + self.model.top_k * self.expert_ns(1)
+        return self.routed_ns(1, 0) + self.host_ns + experts
+
+
+def chunk_times(link: LinkProfile, expert_bytes: int, chunk_bytes: int) -> ChunkTimes:
+    """How one expert is cut and what its chunks take on this link."""
+    count = ceil(expert_bytes / chunk_bytes)
+    last = expert_bytes - (count - 1) * chunk_bytes
+    duplex = min(link.h2d_duplex_gb_s, link.h2d_gb_s)
+    return ChunkTimes(
+        number=count,
+        size=chunk_bytes,
+        last_size=last,
+        full_ns=copy_ns(chunk_bytes, link.h2d_gb_s, link.h2d_fixed_s),
+        last_ns=copy_ns(last, link.h2d_gb_s, link.h2d_fixed_s),
+        full_duplex_ns=copy_ns(chunk_bytes, duplex, link.h2d_fixed_s),
+        last_duplex_ns=copy_ns(last, duplex, link.h2d_fixed_s),
+    )

@@ -41,20 +41,13 @@ class Clock:
         if not self.options.copy_stream:
             return
         self.link.advance(self._effects)
-        self.drop(plan.retract)
+        self._retract(plan)
         for load in plan.claimed:
             self.link.join(self._copies[load.number])
         for load in plan.demand:
             self.link.demand(self._copy(load))
         for load in plan.stream[: self.options.stream_slots]:
             self.link.demand(self._copy(load))
-
-    def drop(self, loads: list[Load]) -> None:
-        """Retract prefetches outside a plan (cold sequences)."""
-        for load in loads:
-            copy = self._copies.pop(load.number, None)
-            if copy is not None:
-                self.link.retract(copy)
 
     def view(self, distance: int) -> LinkView:
         """What a policy may know of the link now."""
@@ -80,13 +73,12 @@ class Clock:
         if not self.options.copy_stream:
             self.now = self._serial(plan)
         else:
-            self.drop(plan.retract)
+            self._retract(plan)
             for load in plan.prefetch:
                 self.link.prefetch(self._copy(load))
             if self.options.write_back:
-                for load in (*plan.demand, *plan.prefetch):
-                    if load.evicted is not None:
-                        self.link.write_back()
+                for _ in range(plan.victims()):
+                    self.link.write_back()
             self.now = self._compute(plan)
         if visit.layer == timing.model.num_layers - 1:
             self.now += timing.head_ns(visit.tokens)
@@ -96,12 +88,18 @@ class Clock:
         self._copies[load.number] = copy
         return copy
 
+    def _retract(self, plan: Plan) -> None:
+        for load in plan.retract:
+            copy = self._copies.pop(load.number, None)
+            if copy is not None:
+                self.link.retract(copy)
+
     def _serial(self, plan: Plan) -> int:
         """Without a copy stream: every copy in turn, both directions, then compute."""
         loads = [*plan.demand, *plan.stream, *plan.prefetch]
         now = self._planned + len(loads) * self.timing.chunks.total_ns()
         if self.options.write_back:
-            now += self.timing.write_back_ns * sum(load.evicted is not None for load in loads)
+            now += self.timing.write_back_ns * plan.victims()
         counts = plan.visit.counts
         return now + self.timing.shared_ns + sum(self.timing.expert_ns(n) for n in counts)
 

@@ -81,7 +81,7 @@ def planner(setting: Setting, timing: Timing, keep_time: bool = False) -> Planne
     """A fresh planner for one run; with the future, if its cache rule needs it."""
     needs_future = setting.options.cache.needs_future
     next_use = bounds.next_use_tables(setting.trace) if needs_future else None
-    return Planner(setting.model, setting.options, setting.slots, timing, next_use, keep_time)
+    return Planner(setting.model, setting.options, setting.slots, timing, next_use, keep_time, setting.cold_sequences)
 
 
 def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> Ledger:
@@ -93,7 +93,6 @@ def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | No
         timing,
         setting.options,
         predictor(setting),
-        setting.cold_sequences,
         Ledger(log=LoadLog(log)),
         timeline,
     )
@@ -107,11 +106,7 @@ def pass_ends_ns(setting: Setting) -> list[int]:
     predict = predictor(setting)
     visits = setting.trace.visits()
     ends = []
-    sequence = -1
     for forward in setting.trace.passes():
-        if setting.cold_sequences and forward.sequence != sequence:
-            decide.reset()
-        sequence = forward.sequence
         for _ in range(setting.model.num_layers):
             visit = next(visits)
             if predict is not None:
@@ -132,7 +127,7 @@ def quick_tpot_s(setting: Setting) -> float | None:
 
 @dataclass
 class Experiment:
-    """Runs settings that share a trace; references are simulated once and remembered."""
+    """Runs settings that share a trace, a machine and a model; references are simulated once and remembered."""
 
     references: bool = True
     _tpot: dict[tuple[Any, ...], float | None] = field(default_factory=dict)

@@ -125,7 +125,9 @@ class Link:
     # --- time -------------------------------------------------------------------------------------------------
 
     def advance(self, now: int) -> None:
-        """Go on to ``now``: chunk ends up to and at ``now``, submissions before it."""
+        """Go on to ``now``: chunk ends up to and at ``now``, submissions before it; nothing when already there."""
+        if now <= self.now:
+            return
         self._submit(self.now)
         while self._head_end <= now:
             self._jump(now)
@@ -135,18 +137,22 @@ class Link:
                 self._submit(end)
         self.now = now
 
-    def next_arrival(self) -> int:
-        """Time of the next completed load if no further plan interferes; `NEVER` on an idle link.
+    def next_arrival(self, limit: int = NEVER) -> int:
+        """Time of the next completed load up to ``limit``, where a plan may interfere; `NEVER` when there is none.
 
-        Advances the link up to just before that time.
+        Advances the link up to just before that time, or before ``limit``.
         """
+        if limit <= self.now:
+            return NEVER
         self._submit(self.now)
-        while self._fifo:
-            self._jump(NEVER)
+        while self._fifo and self._head_end <= limit:
+            self._jump(limit)
             head = self._fifo[0]
             if head.unfinished == 1 and not head.cancelled:
                 return self._head_end
             end = self._head_end
+            if end == limit:
+                break
             self._finish_head()
             self.now = end
             self._submit(end)

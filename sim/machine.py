@@ -43,7 +43,6 @@ class Operators:
         head: fixed, per token: after the last layer until the next token is chosen and embedded.
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
-        stream_s: extra host time for each expert streamed through.
     """
 
     dense: tuple[float, float, float]
@@ -51,7 +50,6 @@ class Operators:
     head: tuple[float, float]
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
-    stream_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,7 @@ def machine_from(values: dict[str, Any], evidence: str, sources: dict[str, str])
             raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")
         link = LinkProfile(**{k: _positive(f"machine.link.{k}", v) for k, v in values["link"].items()})
         operators = {
-            model: Operators(
-                dense=tuple(law["dense"]),
-                expert={bits: tuple(v) for bits, v in law["expert"].items()},
-                head=tuple(law["head"]),
-                gates=tuple(law.get("gates", ())),
-                host_s=dict(law.get("host_s", {})),
-                stream_s=law.get("stream_s", 0.0),
-            )
-            for model, law in values.get("operators", {}).items()
+            model: _operators(f"machine.operators.{model}", law) for model, law in values.get("operators", {}).items()
         }
         plain = {k: v for k, v in values.items() if k not in ("link", "operators", "name")}
         numbers = {k: _positive(f"machine.{k}", v) for k, v in plain.items()}
@@ -157,11 +147,29 @@ def machine_from(values: dict[str, Any], evidence: str, sources: dict[str, str])
         raise SpecError(f"machine profile: a field is missing or of the wrong kind ({error})") from None
 
 
+def _operators(where: str, law: dict[str, Any]) -> Operators:
+    def seconds(key: str, numbers: Any, length: int = 0) -> tuple[float, ...]:
+        if not isinstance(numbers, list | tuple) or (length and len(numbers) != length):
+            raise SpecError(f"{where}.{key} is {numbers!r}; it must be a list of {length or 'any number of'} seconds")
+        return tuple(_positive(f"{where}.{key}", number) for number in numbers)
+
+    fixed, token, context = seconds("dense", law["dense"], 3)
+    expert = {bits: seconds(f"expert.{bits}", numbers, 2) for bits, numbers in law["expert"].items()}
+    head = seconds("head", law["head"], 2)
+    return Operators(
+        dense=(fixed, token, context),
+        expert={bits: (first, second) for bits, (first, second) in expert.items()},
+        head=(head[0], head[1]),
+        gates=seconds("gates", law.get("gates", ())),
+        host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
+    )
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
         raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
-    if name.endswith("_gb_s") and ".link." in name and value == 0:
-        raise SpecError(f"{name} is 0; a bandwidth must be above 0")
+    if name.endswith("_gb_s") and ".link." in name and value < 1e-9:
+        raise SpecError(f"{name} is {value!r}; a bandwidth must be above 0")
     return float(value)
 
 

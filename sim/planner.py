@@ -64,6 +64,7 @@ class Plan:
         stream: loads that pass through the stream slots, in router order; each waits until its slot is free.
         prefetch: loads to issue early, in issue order.
         retract: prefetches that are dropped.
+        displaced: slots whose experts give way to claimed prefetches and become landing slots.
     """
 
     visit: Visit
@@ -74,6 +75,11 @@ class Plan:
     stream: list[Load] = field(default_factory=list)
     prefetch: list[Load] = field(default_factory=list)
     retract: list[Load] = field(default_factory=list)
+    displaced: list[int] = field(default_factory=list)
+
+    def victims(self) -> int:
+        """Experts that lose their slot by this plan."""
+        return len(self.displaced) + sum(load.evicted is not None for load in (*self.demand, *self.prefetch))
 
 
 class Planner:
@@ -87,6 +93,7 @@ class Planner:
         next_use: for a cache rule that needs the future: for each layer int64 [visits + 1, experts], the first visit
             of that layer, from this one on, that routes the expert (`sim.bounds.next_use_tables`).
         keep_time: advance the virtual clock even if the policy does not read it.
+        cold_sequences: the first visit of a sequence empties the caches.
 
     Raises:
         SpecError: fewer slots than top_k, or more than experts.
@@ -100,6 +107,7 @@ class Planner:
         timing: Timing,
         next_use: list[npt.NDArray[np.int64]] | None = None,
         keep_time: bool = False,
+        cold_sequences: bool = False,
     ) -> None:
         if not model.top_k <= slots <= model.num_experts:
             raise SpecError(
@@ -121,16 +129,12 @@ class Planner:
         self._recency_only = options.cache.name == "lru"
         self._accesses = 0
         self._loads = 0
+        self._cold = cold_sequences
         self._visits = [0] * model.num_layers
-        self.reset(first=True)
+        self._forget()
 
-    def reset(self, first: bool = False) -> list[Load]:
-        """Forget what is resident and how it was used (cold sequences); the clock and load numbers go on.
-
-        Call between passes. Returns the kept prefetches that are dropped: the driver retracts them.
-        """
-        dropped = [] if first else list(self._kept.values())
-        self.clock.drop(dropped)
+    def _forget(self) -> None:
+        """Nothing is resident and nothing was ever used; the clock and load numbers go on."""
         layers, experts = self.model.num_layers, self.model.num_experts
         start = 0
         self._free: list[list[int]] = []
@@ -145,7 +149,6 @@ class Planner:
         self._last_use = [[-1] * experts for _ in range(layers)]
         self._uses = [[0] * experts for _ in range(layers)]
         self._loaded = [[0] * experts for _ in range(layers)]
-        return dropped
 
     # --- one visit --------------------------------------------------------------------------------------------
 
@@ -153,6 +156,9 @@ class Planner:
         """Decide everything that follows from this visit's routing and guesses. Call once per visit, in order."""
         layer = visit.layer
         plan = Plan(visit)
+        if self._cold and visit.starts_sequence:
+            plan.retract.extend(self._kept.values())
+            self._forget()
         if self._released:
             self._landing_free.extend(self._released)
             self._released.clear()
@@ -209,7 +215,8 @@ class Planner:
                     if free:
                         self._landing_free.append(free.pop())
                     else:
-                        self._landing_free.append(self._evict(layer, routed, plan)[1])
+                        plan.displaced.append(self._evict(layer, routed, plan)[1])
+                        self._landing_free.append(plan.displaced[-1])
                     slot = resident[expert] = early.slot
             elif slot is not None:
                 plan.resident.append(expert)

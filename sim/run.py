@@ -24,7 +24,7 @@ from sim.experiment import BOUNDS, Experiment, Setting, fit
 from sim.ledger import Timeline
 from sim.presets import PRESETS
 from sim.spec import Options, SpecError, options
-from traces import ModelSpec, Trace, TraceError
+from traces import ModelSpec, TraceError
 from traces.format import shipped
 
 BASELINES = ("on_demand", "mixtral_offloading")
@@ -86,11 +86,9 @@ def apply_choice(args: argparse.Namespace) -> None:
     for key, value in (read_choice(args.choice) if args.choice else {}).items():
         if key == "policy" and not args.policy:
             args.policy = [str(value)]
-        elif key in ("bits", "slots") and getattr(args, key) is None:
-            if not isinstance(value, int):
+        elif key in ("chunk_bytes", "context") or (key in ("bits", "slots") and getattr(args, key) is None):
+            if type(value) is not int:
                 raise SpecError(f"--choice {args.choice}: {key} is {value!r}; it must be an integer")
-            setattr(args, key, value)
-        elif key in ("chunk_bytes", "context"):
             setattr(args, key, value)
         else:
             print(f"--{key} on the command line wins over the choice file's {value}", file=sys.stderr)
@@ -108,11 +106,13 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
         if args.tokens < 1:
             raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
         trace = trace.head(args.tokens)
-    if args.model or not args.trace:
-        model = fit(machines.load_model(args.model or DEFAULT_MODEL), trace)
-    else:
-        model = trace.model
-    machine, model = machines.override(machines.load_machine(args.machine), model, args.set)
+    named = machines.load_model(args.model or DEFAULT_MODEL) if args.model or not args.trace else trace.model
+    machine, named = machines.override(machines.load_machine(args.machine), named, args.set)
+    model = fit(named, trace)
+    try:
+        model.expert_bytes(args.bits or 4)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
     extra = {"chunk_bytes": args.chunk_bytes} if getattr(args, "chunk_bytes", None) is not None else {}
     runs = [options(p, args.cache, args.predictor, **extra) for p in args.policy or ["speculative"]]
     if len(runs) == 1 and not args.no_baselines:
@@ -160,13 +160,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         timeline = Timeline("simulated") if first and args.timeline else None
         print(f"simulating {chosen.text} ...", file=sys.stderr)
         one = Setting(**{**vars(setting), "options": chosen})
-        with written(args.load_log if first else None) as log:
+        with written(args.load_log if first else None) as log, written(args.timeline if first else None) as file:
             results.append(experiment.run(one, log, timeline))
-        if timeline is not None:
-            with written(args.timeline) as file:
-                assert file is not None
+            if file and timeline:
                 file.write(timeline.text())
-        results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args), "scaled": scaled(one, results[-1])}
+        results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args)}
+        results[-1]["scaled"] = scaled(one, results[-1])
     print_table(setting, results)
     if len(args.policy or [0]) == 1:
         document = results[0]

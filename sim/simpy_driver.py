@@ -1,7 +1,7 @@
-"""The readable specification: a decoder and a copier as SimPy processes, driven by the planner.
+"""The readable specification: a decoder as a SimPy process beside a link, driven by the planner.
 
-One visit: dense part -> the host learns the routing -> plan -> its effects reach the link -> experts in order of
-arrival. The only file that imports simpy.
+One visit: dense part -> the host learns the routing -> plan -> its effects reach the link, an event of its own ->
+experts in order of arrival. The only file that imports simpy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Simulation:
         timing: what each step takes.
         options: the run's options (the same as the planner's).
         predict: guesses of a visit; None for none.
-        cold_sequences: caches are emptied where a sequence starts.
         ledger: counts and load log to write into.
         timeline: slices are added to it when given.
     """
@@ -44,7 +43,6 @@ class Simulation:
         timing: Timing,
         options: Options,
         predict: Predict | None = None,
-        cold_sequences: bool = False,
         ledger: Ledger | None = None,
         timeline: Timeline | None = None,
     ) -> None:
@@ -55,18 +53,13 @@ class Simulation:
         self._timing = timing
         self._options = options
         self._predict = predict
-        self._cold = cold_sequences
         self._timeline = timeline
         self._link = Link(timing.chunks, options.max_submitted, timing.write_back_ns)
         self._copies: dict[int, Copy] = {}
-        self._mail: deque[tuple[int, Callable[[], None]]] = deque()
-        self._bell = self.env.event()
-        self._arrival: simpy.Event | None = None
+        self._due: deque[int] = deque()
 
     def run(self) -> Ledger:
         """Simulate to the end of the trace."""
-        if self._options.copy_stream:
-            self.env.process(self._copier())
         self.env.run(self.env.process(self._decoder()))
         unused = [c for c in self._copies.values() if not c.demand and not c.cancelled]
         moved = sum(self._link.bytes_submitted(c) for c in unused)
@@ -83,14 +76,10 @@ class Simulation:
     def _decoder(self) -> Process:
         visits = self._trace.visits()
         layers = self._trace.model.num_layers
-        with_prefill: set[int] = set()
         started: set[int] = set()
         for forward in self._trace.passes():
             counts = self.ledger.phases[forward.phase]
             start, busy = self.now, self._busy_ns()
-            if self._cold and forward.sequence not in started:
-                for load in self._planner.reset():
-                    self._retract(load, counts)
             for _ in range(layers):
                 visit = next(visits)
                 if self._predict is not None:
@@ -104,10 +93,9 @@ class Simulation:
             counts.link_busy_ns += self._busy_ns() - busy
             if forward.phase == PREFILL:
                 self.ledger.ttft_ns.append(self.now - start)
-                with_prefill.add(forward.sequence)
             else:
                 self.ledger.decode_ns.append(self.now - start)
-                self.ledger.timed.append(forward.sequence in started or forward.sequence in with_prefill)
+                self.ledger.timed.append(forward.sequence in started)
             started.add(forward.sequence)
 
     def _visit(self, visit: Visit, counts: Counts) -> Process:
@@ -123,6 +111,7 @@ class Simulation:
         counts.compute_ns += routed_ns - timing.sync_ns + timing.shared_ns
         counts.latency_ns += timing.sync_ns + timing.host_ns
         counts.compute_ns += sum(timing.expert_ns(n) for n in visit.counts)
+        counts.h2d_bytes += (len(plan.demand) + len(plan.stream) + len(plan.claimed)) * timing.expert_bytes
         if self._timeline:
             self._timeline.slice("compute", f"attention {visit.layer}", start, known_at)
             self._timeline.slice("compute", f"plan {visit.layer}", known_at, self.now)
@@ -143,13 +132,16 @@ class Simulation:
             copy = self._copies.pop(load.number)
             if copy.done_ns <= known_at:
                 counts.hits += 1
+                self._show_copy(copy)
             else:
                 counts.late += 1
                 waiting[load.expert] = copy
         joins = list(waiting.values())
         for load in at_once:
-            waiting[load.expert] = Copy(load.layer, load.expert, timing.chunks.number, load.key)
-        self._send(timing.wake_ns, lambda: self._effects(plan, joins, [waiting[x.expert] for x in at_once], counts))
+            waiting[load.expert] = self._copy(load)
+        demand = [waiting[load.expert] for load in at_once]
+        early = [self._copies.setdefault(load.number, self._copy(load)) for load in plan.prefetch]
+        self._send(timing.wake_ns, lambda: self._effects(plan, joins, demand, early, counts))
         tokens = dict(zip(visit.experts, visit.counts, strict=True))
         if timing.shared_ns:
             yield self.env.timeout(timing.shared_ns)
@@ -162,7 +154,7 @@ class Simulation:
             self._link.advance(idle_from)
             expert = min(mine, key=lambda e: mine[e].done_ns)
             while mine[expert].done_ns == NEVER:
-                yield self._next_arrival()
+                yield from self._next_arrival()
                 expert = min(mine, key=lambda e: mine[e].done_ns)
             copy = mine.pop(expert)
             waited = self.now - idle_from
@@ -172,15 +164,19 @@ class Simulation:
                 counts.stall_miss_ns += waited
             if self._timeline and waited:
                 self._timeline.slice("compute", f"stall {visit.layer}", idle_from, self.now)
-            if self._timeline:
-                self._timeline.slice("link H2D", f"{visit.layer}.{expert}", copy.started_ns, copy.done_ns)
+            self._show_copy(copy)
             yield from self._expert(visit.layer, expert, tokens[expert])
             if expert in streamed and queued:
                 load = queued.popleft()
-                follow = mine[load.expert] = Copy(load.layer, load.expert, timing.chunks.number, load.key)
+                follow = mine[load.expert] = self._copy(load)
                 self._send(timing.wake_ns, lambda c=follow: self._link.demand(c))  # type: ignore[misc]
-        counts.h2d_bytes += (len(plan.demand) + len(plan.stream)) * timing.expert_bytes
-        counts.h2d_bytes += len(plan.claimed) * timing.expert_bytes
+
+    def _show_copy(self, copy: Copy) -> None:
+        if self._timeline:
+            self._timeline.slice("link H2D", f"{copy.layer}.{copy.expert}", copy.started_ns, copy.done_ns)
+
+    def _copy(self, load: Load) -> Copy:
+        return Copy(load.layer, load.expert, self._timing.chunks.number, load.key)
 
     def _expert(self, layer: int, expert: int, tokens: int) -> Process:
         start = self.now
@@ -193,50 +189,43 @@ class Simulation:
         timing, visit = self._timing, plan.visit
         loads = [*plan.demand, *plan.stream, *plan.prefetch]
         counts.hits += len(plan.claimed)
+        for load in plan.claimed:
+            del self._copies[load.number]
+        for load in plan.retract:
+            self._retract(load, counts)
+        for load in plan.prefetch:
+            copy = self._copies[load.number] = self._copy(load)
+            copy.unsubmitted, copy.submitted = 0, timing.chunks.number
         copies = len(loads) * timing.chunks.total_ns()
         counts.link_busy_ns += copies
         if self._options.write_back:
-            copies += timing.write_back_ns * sum(load.evicted is not None for load in loads)
+            copies += timing.write_back_ns * plan.victims()
         start = self.now
         yield self.env.timeout(copies)
         if self._timeline and loads:
             self._timeline.slice("link H2D", f"serial {visit.layer}", start, self.now)
         counts.stall_miss_ns += copies
-        counts.h2d_bytes += len(loads) * timing.expert_bytes
-        counts.wasted_bytes += len(plan.retract) * timing.expert_bytes
         yield self.env.timeout(timing.shared_ns + sum(timing.expert_ns(n) for n in visit.counts))
 
-    # --- the copier -------------------------------------------------------------------------------------------
-
-    def _copier(self) -> Process:
-        """Applies what plans ask of the link, and tells the decoder of arrivals it waits for."""
-        while True:
-            if not self._mail and self._arrival is None:
-                self._bell = self.env.event()
-                yield self._bell
-            if self._mail:
-                at, effect = self._mail.popleft()
-                yield self.env.timeout(at - self.now)
-                self._link.advance(self.now)
-                effect()
-            elif self._arrival is not None:
-                yield self.env.timeout(self._link.next_arrival() - self.now)
-                self._link.advance(self.now)
-                arrival, self._arrival = self._arrival, None
-                arrival.succeed()
+    # --- the link ---------------------------------------------------------------------------------------------
 
     def _send(self, delay_ns: int, effect: Callable[[], None]) -> None:
-        self._mail.append((self.now + delay_ns, effect))
-        if not self._bell.triggered:
-            self._bell.succeed()
+        """Let a plan's effect reach the link after the copier's wake-up."""
+        self._due.append(self.now + delay_ns)
+        self.env.timeout(delay_ns).callbacks.append(lambda _: self._receive(effect))
 
-    def _next_arrival(self) -> simpy.Event:
-        self._arrival = self.env.event()
-        if not self._bell.triggered:
-            self._bell.succeed()
-        return self._arrival
+    def _receive(self, effect: Callable[[], None]) -> None:
+        self._due.popleft()
+        self._link.advance(self.now)
+        effect()
 
-    def _effects(self, plan: Plan, joins: list[Copy], demand: list[Copy], counts: Counts) -> None:
+    def _next_arrival(self) -> Process:
+        """Until the next load is there, or the next effects have reached the link."""
+        due = self._due[0] if self._due else NEVER
+        yield self.env.timeout(min(self._link.next_arrival(due), due) - self.now)
+        self._link.advance(self.now)
+
+    def _effects(self, plan: Plan, joins: list[Copy], demand: list[Copy], early: list[Copy], counts: Counts) -> None:
         """All effects of a plan on the link, together."""
         for load in plan.retract:
             self._retract(load, counts)
@@ -244,13 +233,11 @@ class Simulation:
             self._link.join(copy)
         for copy in demand:
             self._link.demand(copy)
-        for load in plan.prefetch:
-            copy = self._copies[load.number] = Copy(load.layer, load.expert, self._timing.chunks.number, load.key)
+        for copy in early:
             self._link.prefetch(copy)
         if self._options.write_back:
-            for load in (*plan.demand, *plan.prefetch):
-                if load.evicted is not None:
-                    self._link.write_back()
+            for _ in range(plan.victims()):
+                self._link.write_back()
 
     def _retract(self, load: Load, counts: Counts) -> None:
         copy = self._copies.pop(load.number, None)

@@ -46,12 +46,13 @@ class Timing:
         self._expert: dict[int, int] = {}
         if self.measured:
             self._use_measured(bits, options)
-        elif machine.memory_gb_s and machine.tflops:
+        elif machine.memory_gb_s * machine.memory_efficiency and machine.tflops * machine.tflops_efficiency:
             self._use_roofline(options)
         else:
             raise SpecError(
                 f"profile {machine.name!r} has measured {', '.join(machine.operators) or 'no model'} and gives no "
-                f"memory_gb_s and tflops to estimate {model.name}; name another machine or model"
+                f"memory_gb_s and tflops (with efficiencies) above 0 to estimate {model.name}; name another machine or "
+                "model"
             )
 
     def _use_measured(self, bits: int, options: Options) -> None:
@@ -66,14 +67,13 @@ class Timing:
         self.gates_ns = ns(gates_s)
         self.sync_ns = 0
         self.host_ns = ns(laws.host_s.get(options.policy.name, laws.host_s.get("default", self.machine.host_s)))
-        self.stream_ns = ns(laws.stream_s)
         self.shared_ns = 0
         expert_fixed, expert_token = laws.expert[str(bits)]
         self._dense_s: Callable[[int, int], float] = lambda n, context: (
             fixed + per_token * n + per_context * (context + n)
         )
         self._expert_s: Callable[[int], float] = lambda n: expert_fixed + expert_token * n
-        self._head_s: Callable[[int], float] = lambda n: laws.head[0] + laws.head[1]
+        self._head_s: Callable[[int], float] = lambda n: laws.head[0] + laws.head[1] * n
 
     def _use_roofline(self, options: Options) -> None:
         machine, model = self.machine, self.model
@@ -87,7 +87,6 @@ class Timing:
         self.gates_ns = ns(gate_bytes / bytes_per_s)
         self.sync_ns = ns(machine.sync_s)
         self.host_ns = ns(machine.host_s)
-        self.stream_ns = 0
         self.shared_ns = ns(weights_s(model.shared_bytes, model.shared_bytes / 2, 1)) if model.shared_bytes else 0
         self._dense_s = lambda n, context: (
             machine.layer_fixed_s

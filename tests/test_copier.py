@@ -123,7 +123,7 @@ batches = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(batches, st.integers(1, 3), st.sampled_from([1, 7, 40]))
 def test_how_often_the_process_wakes_changes_nothing(plan, max_submitted, step):
-    """A link told the time every few nanoseconds submits the same chunks at the same times as one told at batches only."""
+    """Told the time every few nanoseconds, a link submits the same chunks at the same times as told at batches only."""
     seldom, expected = link(max_submitted=max_submitted)
     often, log = link(max_submitted=max_submitted)
     now, load = 0, 0
@@ -184,13 +184,13 @@ def pattern(row: int) -> torch.Tensor:
 
 
 def started(memory, bytes_per_s=1e6, chunk_bytes=1000, **options) -> Copier:
-    """A copier on whose default link an expert takes 10 ms, so that what is sent at once is queued for certain."""
+    """A copier on whose default link an expert takes 10 ms."""
     return Copier(*memory, bytes_per_s=bytes_per_s, fixed_s=0.0, chunk_bytes=chunk_bytes, **options)
 
 
 def test_experts_arrive_whole_and_in_order(memory):
-    store, slots = memory
-    with started(memory) as copier:
+    slots = memory[1]
+    with started(memory, bytes_per_s=1e5) as copier:
         begun = time.monotonic_ns()
         copier.apply(demand=[Request(i, 11 - i, i) for i in range(6)])
         assert copier.arrived() == []
@@ -200,16 +200,16 @@ def test_experts_arrive_whole_and_in_order(memory):
             assert torch.equal(slots.row(i), pattern(11 - i))
             assert arrivals[i].end_ns <= time.monotonic_ns()
         assert [a.load for a in arrivals] == list(range(6))
-        assert arrivals[-1].end_ns - begun >= 60_000_000
+        assert arrivals[-1].end_ns - begun >= 600_000_000
         assert copier.arrived() == []
         stats = copier.stats()
         assert (stats.demand_bytes, stats.prefetch_bytes, stats.write_back_bytes) == (6 * SIZE, 0, 0)
-        assert (stats.chunks, stats.busy_ns) == (60, 60_000_000)
+        assert (stats.chunks, stats.busy_ns) == (60, 600_000_000)
 
 
 def test_demand_and_joined_prefetches_overtake(memory):
     _, slots = memory
-    with started(memory) as copier:
+    with started(memory, bytes_per_s=5e4) as copier:
         copier.apply(prefetch=[Request(0, 0, 0, 1), Request(1, 1, 1, 2), Request(2, 2, 2, 3), Request(3, 3, 3, 4)])
         copier.apply(join=[3], demand=[Request(4, 4, 4)])
         assert [copier.wait().load for _ in range(5)] == [3, 4, 0, 1, 2]
@@ -265,7 +265,7 @@ def test_a_reader_who_is_slow_does_not_stop_the_link(memory):
 
 
 def test_misuse_is_refused_before_anything_is_sent(memory):
-    store, slots = memory
+    store = memory[0]
     with started(memory) as copier:
         for wrong in (Request(0, 12, 0), Request(0, 0, 6), Request(0, -1, 0)):
             with pytest.raises(ValueError, match="rows are 0 to 11, slots 0 to 5"):
@@ -291,9 +291,9 @@ def test_misuse_is_refused_before_anything_is_sent(memory):
 def test_waiting_ends(memory):
     with started(memory, bytes_per_s=1000) as copier:
         copier.apply(demand=[Request(7, 0, 0)])
-        with pytest.raises(CopierError, match="none of the loads 7 .* within 0.1 s"):
+        with pytest.raises(CopierError, match=r"none of the loads 7 .* within 0.1 s"):
             copier.wait(timeout_s=0.1)
-        with pytest.raises(CopierError, match="longer than 0.1 s to finish its queue"):
+        with pytest.raises(CopierError, match=r"longer than 0.1 s to finish its queue"):
             copier.drain(timeout_s=0.1)
 
 
@@ -309,7 +309,7 @@ def test_the_end_of_the_process_reaches_the_caller(memory):
 
 def test_an_exception_in_the_process_reaches_the_caller_with_its_traceback(memory):
     with started(memory) as copier:
-        copier._send(b"\xff" * 32 + b"\0" * 8)  # entry counts no message can have
+        copier._send(Batch(0, demand=[Request(0, 10**6, 0)]).encode())  # a row that apply would have refused
         with pytest.raises(CopierError, match="Traceback"):
             copier.drain()
 

@@ -128,7 +128,7 @@ def test_wrong_tensors_are_refused():
         pack(gate, up, gate, layout)
     with pytest.raises(ValueError, match="not a finite float16"):
         pack(gate * torch.inf, up, down, layout)
-    with pytest.raises(ValueError, match="this layout needs torch.uint8"):
+    with pytest.raises(ValueError, match=r"this layout needs torch.uint8"):
         views(torch.zeros(10, dtype=torch.uint8), layout)
 
 
@@ -182,7 +182,7 @@ def test_a_store_quantizes_as_pack_does(checkpoints):
 
 
 def test_checkpoints_that_do_not_fit_are_refused(checkpoints, tmp_path):
-    with pytest.raises(StoreError, match="neither model.safetensors nor"):
+    with pytest.raises(StoreError, match=r"neither model.safetensors nor"):
         HostStore.build(tmp_path, spec(), 4)
     with pytest.raises(StoreError, match=r"has \(2, 4, 64, 128\) .* but model tiny has \(2, 8, 64, 128\)"):
         HostStore.build(checkpoints / "separate", spec(experts=8), 4)

@@ -14,14 +14,14 @@ from sim.plugin import Guess, LinkView
 
 SOURCE = "our reconstruction of the speculative expert scheduling of Ou et al. 2025 (doi 10.1016/j.csi.2025.103996)"
 USES_LINK = True
-OPTIONS = {"landing_slots": 4, "stale": "retract"}
+OPTIONS = {"landing_slots": 2, "stale": "retract"}
 
 
 class Params(NamedTuple):
     """``lookahead``: layers ahead; ``min_score``: guesses less likely than this are never issued."""
 
     lookahead: int = 3
-    min_score: float = 0.2
+    min_score: float = 0.3
 
 
 def worth(params: Params, guess: Guess, link: LinkView) -> float:

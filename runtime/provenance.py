@@ -1,0 +1,54 @@
+"""What made a file: command, commit, machine, model; no path of the machine it was made on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def commit() -> str:
+    """Commit of the project's checkout, with ``+changes`` when files differ from it; empty outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+changes" if status.strip() else "")
+
+
+def command() -> str:
+    """The command line, files by name only."""
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    module = Path(sys.argv[0]).stem
+    return " ".join(["python -m", f"runtime.{module}", *words])
+
+
+def weights_sha256(model_dir: Path) -> str:
+    """sha256 over the model directory's safetensors files, in name order."""
+    digest = hashlib.sha256()
+    for file in sorted(model_dir.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions the numbers depend on."""
+    import torch
+
+    model = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        model = platform.processor()
+    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}

@@ -1,0 +1,134 @@
+"""Record the routing of a model, run on the engine with every expert resident.
+
+    python -m runtime.record --model DIR --corpus FILE [FILE ...] --out trace.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+import traces
+from runtime import corpus, models, prompts, provenance
+from runtime.engine import Engine
+from runtime.store import StoreError
+from sim.machine import HardwareProfile, LinkProfile
+from sim.spec import SpecError, options
+from traces import Trace
+
+UNPACED = HardwareProfile(
+    "unpaced", 0, 0, LinkProfile(10.0, 0.0, 10.0, 0.0, 10.0), memory_gb_s=10.0, tflops=0.1, host_s=1e-4
+)
+
+
+def record(
+    model_dir: Path,
+    asked: list[prompts.Prompt],
+    tokens: int,
+    *,
+    bits: int = 4,
+    lookahead: int = 4,
+    temperature: float = 0.8,
+    seed: int = 0,
+    logits: bool = True,
+) -> Trace:
+    """Generate ``tokens`` tokens after every prompt and keep all routing and guesses.
+
+    Prompt i is sampled with seed + i. The first new token comes out of the prefill, so a prompt gives tokens - 1
+    decode passes; one more token is generated than asked for.
+    """
+    spec = models.spec_of(model_dir)
+    run = options("on_demand")
+    with Engine(
+        model_dir,
+        bits=bits,
+        slots=spec.num_experts,
+        options=run,
+        machine=UNPACED,
+        record=lookahead,
+        record_logits=logits,
+    ) as engine:
+        bar = tqdm(total=len(asked) * tokens, unit="token", file=sys.stderr, delay=2)
+        for number, prompt in enumerate(asked):
+            ids = engine.tokenizer.encode(prompt.text)
+            stream = engine.generate(
+                ids, tokens + 1, temperature=temperature, seed=seed + number, domain=prompt.domain
+            )
+            for _ in stream:
+                bar.update()
+        bar.close()
+        assert engine.recorder is not None
+        made = {
+            "model": model_dir.name,
+            "weights_sha256": provenance.weights_sha256(model_dir),
+            "bits": bits,
+            "prompts": len(asked),
+            "temperature": temperature,
+            "seed": seed,
+            "command": provenance.command(),
+            "commit": provenance.commit(),
+            "machine": provenance.machine(),
+        }
+        return engine.recorder.trace(made, "router")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m runtime.record", description=__doc__.splitlines()[0])
+    p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or JSON lines (default: built in)")
+    p.add_argument("--corpus", type=Path, nargs="+", metavar="FILE", help="cut prompts from the held-out part of these")
+    p.add_argument("--sequences", type=int, default=33, help="prompts cut from --corpus (default %(default)s)")
+    p.add_argument("--prompt-bytes", type=int, default=96, help="length of these prompts (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=256, help="decode tokens after each prompt (default %(default)s)")
+    p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), default=4, help="of the experts (default %(default)s)")
+    p.add_argument("--lookahead", type=int, default=4, help="distances of the guesses (default %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    p.add_argument("--no-logits", action="store_true", help="leave the router logits out")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace")
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    try:
+        for name, least in (("sequences", 1), ("prompt_bytes", 8), ("tokens", 1), ("lookahead", 0)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+        if args.corpus:
+            asked = prompts.held_out(corpus.load(args.corpus), args.sequences, args.prompt_bytes)
+        else:
+            asked = prompts.read(args.prompts) if args.prompts else list(prompts.BUILT_IN)
+        trace = record(
+            args.model,
+            asked,
+            args.tokens,
+            bits=args.bits,
+            lookahead=args.lookahead,
+            temperature=args.temperature,
+            seed=args.seed,
+            logits=not args.no_logits,
+        )
+        traces.save(trace, args.out)
+    except (ValueError, OSError, SpecError, StoreError) as error:
+        print(f"runtime.record: {error}", file=sys.stderr)
+        return 2
+    size = args.out.stat().st_size
+    print(
+        f"{args.out.name}: {trace.num_decode_tokens} decode and {trace.num_tokens - trace.num_decode_tokens} prefill "
+        f"tokens in {len(asked)} sequences, {size / 1e6:.2f} MB"
+    )
+    print(json.dumps({"out": str(args.out), "tokens": trace.num_tokens, "decode_tokens": trace.num_decode_tokens, "bytes": size}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""Collects what the engine routes and guesses, visit by visit, into a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime.lookahead import NUM_GUESSES
+from traces import DECODE, PREFILL, ModelSpec, Trace
+from traces.trace import id_dtype, rank
+
+
+class Recorder:
+    """Rows of all visits in pass order.
+
+    Args:
+        model: shape of the model that routes.
+        lookahead: distances of the guesses; 0 records none.
+        with_logits: keep router logits.
+    """
+
+    def __init__(self, model: ModelSpec, lookahead: int, with_logits: bool = True) -> None:
+        self._model = model
+        self._lookahead = lookahead
+        self._with_logits = with_logits
+        self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None, npt.NDArray[Any]]] = []
+        self._passes: list[tuple[int, int]] = []
+        self._lengths: list[int] = []
+        self._domains: list[str] = []
+
+    def start_sequence(self, domain: str = "") -> None:
+        """All following passes belong to a new sequence."""
+        self._lengths.append(0)
+        self._domains.append(domain)
+
+    def start_pass(self, tokens: int, phase: int) -> None:
+        """The next ``num_layers`` visits belong to a pass of ``tokens``."""
+        self._passes.append((tokens, phase))
+        self._lengths[-1] += tokens
+
+    def visit(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        logits: torch.Tensor | None,
+        scores: npt.NDArray[np.float16] | None,
+    ) -> None:
+        """One visit: ids and weights [T, K], logits [T, E], guess scores [T, D, E]; all are copied."""
+        tokens = ids.shape[0]
+        table = np.zeros((tokens, self._lookahead, self._model.num_experts), np.float16)
+        if scores is not None and self._lookahead:
+            table[:, : scores.shape[1]] = scores
+        kept = logits.float().numpy().astype(np.float16) if self._with_logits and logits is not None else None
+        self._visits.append((ids.numpy().copy(), weights.float().numpy().astype(np.float16), kept, table))
+
+    def trace(self, provenance: dict[str, Any], predictor: str, routing: str = "RECORDED") -> Trace:
+        """Everything recorded so far, the guesses under the name ``predictor``."""
+        layers = self._model.num_layers
+
+        def rows(part: int) -> npt.NDArray[Any]:
+            passes = [
+                np.stack([v[part] for v in self._visits[i : i + layers]], axis=1)
+                for i in range(0, len(self._visits), layers)
+            ]
+            return np.concatenate(passes)
+
+        phases = [np.full(tokens, phase, np.uint8) for tokens, phase in self._passes]
+        guesses = {predictor: rank(rows(3), min(NUM_GUESSES, self._model.num_experts))} if self._lookahead else {}
+        return Trace(
+            model=self._model,
+            ids=rows(0).astype(id_dtype(self._model.num_experts)),
+            weights=rows(1),
+            sequence_lengths=np.asarray(self._lengths, np.int32),
+            phase=np.concatenate(phases),
+            logits=rows(2) if self._visits[0][2] is not None else None,
+            guesses=guesses,
+            provenance=provenance,
+            domains=tuple(self._domains) if all(self._domains) else (),
+            routing=routing,
+        )
+
+
+__all__ = ["DECODE", "PREFILL", "Recorder"]

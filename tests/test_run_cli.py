@@ -1,0 +1,237 @@
+"""``python -m sim.run`` as a user meets it: exit codes, the JSON line, the files it writes, and its mistakes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import random_trace, round_machine
+
+import traces
+
+ROOT = Path(__file__).parent.parent
+KEYS = [
+    "policy",
+    "cache",
+    "predictor",
+    "model",
+    "machine",
+    "bits",
+    "slots",
+    "tokens",
+    "decode_tokens",
+    "accesses",
+    "token_accesses",
+    "hits",
+    "late",
+    "misses",
+    "demand_loads",
+    "prefetch_loads",
+    "prefetch_used",
+    "retracted",
+    "h2d_bytes",
+    "wasted_bytes",
+    "prefetch_precision",
+    "prefetch_coverage",
+    "overlap",
+    "ttft_s",
+    "tpot_s",
+    "itl_p50_s",
+    "itl_p99_s",
+    "tokens_per_s",
+    "stall_s",
+    "stall_miss_s",
+    "stall_late_s",
+    "link_busy",
+    "link_useful",
+    "compute_busy",
+    "vram_bytes",
+    "host_bytes",
+    "regime",
+    "evidence",
+    "routing",
+    "load_log_sha256",
+    "bounds",
+]
+PHASE_KEYS = KEYS[KEYS.index("accesses") : KEYS.index("overlap") + 1] + ["stall_s", "link_busy", "compute_busy"]
+BOUND_KEYS = {
+    "all_resident_s",
+    "link_floor_s",
+    "joint_floor_s",
+    "demand_only_s",
+    "perfect_lookahead_s",
+    "perfect_lookahead_belady_s",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    traces.save(random_trace(1, sequences=3, length=12, prefill=4), folder / "trace.safetensors")
+    (folder / "round.json").write_text(json.dumps(round_machine().to_json()))
+    return folder
+
+
+def run(folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sim.run", *flags]
+    if "--trace" not in flags:
+        command += ["--trace", str(folder / "trace.safetensors")]
+    if "--machine" not in flags:
+        command += ["--machine", str(folder / "round.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def complete(found: dict[str, Any]) -> None:
+    assert set(KEYS) <= set(found)
+    assert set(PHASE_KEYS) <= set(found["prefill"])
+    assert set(found["bounds"]) == BOUND_KEYS
+    assert found["bounds"]["joint_floor_s"] <= found["tpot_s"]
+    assert found["hits"] + found["late"] + found["misses"] == found["accesses"]
+    assert found["routing"] == "SYNTHETIC"
+
+
+def test_one_policy_with_its_baselines(files: Path) -> None:
+    done = run(files)
+    found = document(done)
+    complete(found)
+    assert found["policy"] == "speculative"
+    assert [b["policy"] for b in found["baselines"]] == ["on_demand", "mixtral_offloading"]
+    for baseline in found["baselines"]:
+        complete(baseline)
+        assert (baseline["predictor"], baseline["vram_bytes"]) == (None, found["vram_bytes"])
+    assert (found["tokens"], found["decode_tokens"], found["prefill"]["token_accesses"]) == (36, 24, 12 * 3 * 2)
+    assert found["model"] == "tiny"
+    assert "regime" in done.stdout
+    assert "joint floor" in done.stdout
+    assert all(line.startswith("simulating ") for line in done.stderr.splitlines())
+
+
+def test_without_baselines_and_several_policies(files: Path) -> None:
+    alone = document(run(files, "--policy", "on_demand", "--no-baselines"))
+    complete(alone)
+    assert "baselines" not in alone
+    several = document(run(files, "--policy", "on_demand", "--policy", "speculative:lookahead=1,cache=belady"))
+    assert list(several) == ["runs"]
+    assert [r["policy"] for r in several["runs"]] == ["on_demand", "speculative:lookahead=1,cache=belady"]
+    for found in several["runs"]:
+        complete(found)
+    assert several["runs"][0] == alone
+
+
+def test_timeline_and_load_log(files: Path, tmp_path: Path) -> None:
+    log, timeline = tmp_path / "loads.jsonl", tmp_path / "timeline.json.gz"
+    found = document(run(files, "--load-log", str(log), "--timeline", str(timeline), "--slots", "3"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loads.jsonl", "timeline.json.gz"]
+    assert hashlib.sha256(log.read_bytes()).hexdigest() == found["load_log_sha256"]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(list(line) == ["visit", "layer", "expert", "kind", "slot", "evicted"] for line in lines)
+    kinds = [line["kind"] for line in lines]
+    phases = [found, found["prefill"]]
+    assert kinds.count("demand") + kinds.count("stream") == sum(p["demand_loads"] for p in phases)
+    assert kinds.count("prefetch") == sum(p["prefetch_loads"] for p in phases)
+    assert kinds.count("retract") == sum(p["retracted"] for p in phases)
+    assert [line["visit"] for line in lines] == sorted(line["visit"] for line in lines)
+    events = json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"compute", "link H2D"} <= names
+    assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
+
+
+def test_set_changes_the_machine_and_is_recorded(files: Path) -> None:
+    flags = ("--policy", "on_demand", "--no-baselines")
+    slow = document(run(files, *flags, "--set", "machine.link.h2d_gb_s=0.1"))
+    fast = document(run(files, *flags, "--set", "machine.link.h2d_gb_s=10", "--set", "machine.link.h2d_fixed_s=0"))
+    plain = document(run(files, *flags))
+    assert slow["tpot_s"] > plain["tpot_s"] > fast["tpot_s"]
+    assert slow["load_log_sha256"] == plain["load_log_sha256"] == fast["load_log_sha256"]
+    assert fast["set"] == ["machine.link.h2d_gb_s=10", "machine.link.h2d_fixed_s=0"]
+
+
+def test_choice_sets_what_no_flag_sets(files: Path, tmp_path: Path) -> None:
+    choice = tmp_path / "choice.json"
+    choice.write_text(json.dumps({"policy": "on_demand", "bits": 4, "slots": 5, "chunk_bytes": 2000, "by": "sweep"}))
+    found = document(run(files, "--choice", str(choice), "--no-baselines"))
+    assert (found["policy"], found["slots"], found["bits"]) == ("on_demand", 5, 4)
+    done = run(files, "--choice", str(choice), "--slots", "3", "--no-baselines")
+    assert document(done)["slots"] == 3
+    assert "--slots on the command line wins" in done.stderr
+
+
+def test_tokens_and_cold_sequences(files: Path) -> None:
+    flags = ("--policy", "on_demand", "--no-baselines", "--slots", "6")
+    assert document(run(files, *flags, "--tokens", "10"))["decode_tokens"] == 10
+    warm, cold = (document(run(files, *flags, *more)) for more in ((), ("--cold-sequences",)))
+    assert warm["prefill"]["misses"] < cold["prefill"]["misses"]
+
+
+@pytest.mark.parametrize("machine", ["rtx3090", "t4"])
+def test_a_named_machine_estimates_a_model_nobody_measured(files: Path, machine: str) -> None:
+    found = document(run(files, "--machine", machine, "--bits", "3", "--no-baselines"))
+    complete(found)
+    assert (found["machine"], found["bits"], found["evidence"]) == (machine, 3, "ESTIMATED")
+
+
+MISTAKES = {
+    "policy": (("--policy", "nonsense"), "policy 'nonsense' is unknown"),
+    "policy key": (("--policy", "speculative:depth=2"), "no parameter 'depth'"),
+    "machine": (("--machine", "abacus"), "machine 'abacus' not found"),
+    "another shape": (("--model", "qwen3-30b-a3b"), "top-8 of 128"),
+    "too few slots": (("--slots", "1"), "slots is 1"),
+    "too many slots": (("--slots", "7"), "slots is 7"),
+    "no trace": (("--trace", "nowhere.safetensors"), "nowhere.safetensors"),
+    "tokens": (("--tokens", "0"), "--tokens is 0"),
+    "cache": (("--cache", "nonsense"), "cache 'nonsense' is unknown"),
+    "predictor": (("--predictor", "nonsense"), "predictor 'nonsense' is neither"),
+    "bits nobody measured": (("--bits", "3"), "not at 3"),
+    "set without value": (("--set", "machine.vram_gb"), "write machine.FIELD=VALUE"),
+    "set of nothing": (("--set", "vram_gb=3"), "write machine.FIELD=VALUE"),
+    "set of an unknown field": (("--set", "machine.link.colour=3"), "no field 'colour'"),
+    "set to a word": (("--set", "machine.link.h2d_gb_s=fast"), "'fast'"),
+    "set to zero": (("--set", "machine.link.h2d_gb_s=0"), "above 0"),
+    "set of a law": (("--set", "machine.operators.tiny.head=[1]"), "list of 2 seconds"),
+    "set of the shape": (("--set", "model.num_experts=4"), "name a model of the trace's shape"),
+    "set of a width": (("--set", "model.hidden_size=100"), "group size 64 does not divide"),
+    "no bandwidth": (("--machine", "rtx3090", "--set", "machine.memory_efficiency=0"), "above 0"),
+    "choice": (("--choice", "nowhere.json"), "nowhere.json"),
+    "folder": (("--timeline", "no/such/folder/t.json.gz"), "no/such/folder"),
+    "two policies": (("--policy", "on_demand", "--policy", "speculative", "--timeline", "t.gz"), "exactly one"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_no_file(files: Path, tmp_path: Path, mistake: str) -> None:
+    flags, says = MISTAKES[mistake]
+    done = run(files, *flags, "--load-log", str(tmp_path / "log"), code=2)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("simulating ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("sim.run: ")
+    assert says in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"slots": "many"}', '{"chunk_bytes": "big"}', '{"bits": 5}'])
+def test_a_bad_choice_file_is_one_line(files: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "choice.json").write_text(content)
+    done = run(files, "--choice", str(tmp_path / "choice.json"), code=2)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_importing_the_command_needs_nothing_heavy() -> None:
+    """No optional package is imported; simpy and numpy are."""
+    heavy = ["torch", "transformers", "hqq", "matplotlib", "pandas", "numba", "dask", "tokenizers"]
+    code = f"import sys, sim.run; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

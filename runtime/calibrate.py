@@ -32,7 +32,8 @@ from sim.spec import SpecError, options
 DEFAULT_LINK_GB_S = 0.05
 BUSY_SHARE = 0.1  # of the cores, used by others, above which a profile is labelled
 PROMPT = (
-    "import random\n\n\ndef shuffle(deck):\n    for i in range(len(deck) - 1, 0, -1):\n        j = random.randint(0, i)\n"
+    "import random\n\n\ndef shuffle(deck):\n    for i in range(len(deck) - 1, 0, -1):\n"
+    "        j = random.randint(0, i)\n"
     "        deck[i], deck[j] = deck[j], deck[i]\n    return deck\n"
 )
 POLICIES = ("on_demand", "speculative")
@@ -168,9 +169,7 @@ class Calibration:
         for s in self.run("on_demand", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
             host["on_demand"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
         host["default"] = host["on_demand"]
-        return Operators(
-            (fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host
-        )
+        return Operators((fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host)
 
     def link(self, gb_s: float) -> tuple[float, float]:
         """Measured decimal GB/s of paced copies in bursts, and seconds from a load's end until a waiter knows of it."""
@@ -178,18 +177,20 @@ class Calibration:
         size = store.expert_bytes
         count = max(8, min(64, round(1.0 * gb_s * 1e9 / size)))
         chunk = options("on_demand").chunk_size(size)
-        with SlotPool(4, size) as pool:
-            with Copier(store, pool, bytes_per_s=gb_s * 1e9, fixed_s=0.0, chunk_bytes=chunk) as copier:
-                rates, waits = [], []
-                for burst in range(3):
-                    start = time.monotonic_ns()
-                    loads = [Request(burst * count + i, i % store.count, i % 4) for i in range(count)]
-                    copier.apply(demand=loads)
-                    for _ in loads:
-                        end_ns = copier.wait().end_ns
-                        waits.append((time.monotonic_ns() - end_ns) / 1e9)
-                    rates.append(count * size / (end_ns - start))
-                return float(np.median(rates)), trimmed_mean(waits)
+        with (
+            SlotPool(4, size) as pool,
+            Copier(store, pool, bytes_per_s=gb_s * 1e9, fixed_s=0.0, chunk_bytes=chunk) as copier,
+        ):
+            rates, waits = [], []
+            for burst in range(3):
+                start = time.monotonic_ns()
+                loads = [Request(burst * count + i, i % store.count, i % 4) for i in range(count)]
+                copier.apply(demand=loads)
+                for _ in loads:
+                    end_ns = copier.wait().end_ns
+                    waits.append((time.monotonic_ns() - end_ns) / 1e9)
+                rates.append(count * size / (end_ns - start))
+            return float(np.median(rates)), trimmed_mean(waits)
 
 
 def memory_gb_s() -> float:
@@ -302,7 +303,9 @@ def main() -> int:
     print(f"{profile.name}, {profile.evidence}: {profile.sources['operators']}")
     print(f"dense part of a layer   {laws.dense[0] * 1e6:8.1f} us + {laws.dense[2] * 1e9:.1f} ns per token of context")
     for width, (fixed, slope) in laws.expert.items():
-        print(f"expert at {width:>2} bits       {(fixed + slope) * 1e6:8.1f} us for one token, {slope * 1e6:.2f} us each")
+        print(
+            f"expert at {width:>2} bits       {(fixed + slope) * 1e6:8.1f} us for one token, {slope * 1e6:.2f} us each"
+        )
     print(f"head and embedding      {(laws.head[0] + laws.head[1]) * 1e6:8.1f} us")
     print("lookahead gates         " + ", ".join(f"d={d} {s * 1e6:.1f} us" for d, s in enumerate(laws.gates, 1)))
     print("host, per visit         " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in laws.host_s.items()))

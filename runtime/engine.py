@@ -256,12 +256,12 @@ class Engine:
         for load in plan.retract:
             self._there.pop(load.number, None)
         retract = [load.number for load in plan.retract]
+        lost = [load.slot for load in (*plan.demand, *plan.prefetch) if load.evicted is not None]
+        write_back = plan.displaced + lost if self.options.write_back else []
         if not self.options.copy_stream:
-            for load in plan.demand + plan.prefetch:
-                self._copy_serially([load])
+            self._copy_serially([*plan.demand, *plan.prefetch], write_back)
             return {}
         at_once = plan.demand + plan.stream[: self.options.stream_slots]
-        write_back = [load.slot for load in at_once if load.evicted is not None] if self.options.write_back else []
         self._copier.apply(
             retract,
             list(waiting.values()),
@@ -273,12 +273,11 @@ class Engine:
             waiting[load.expert] = load.number
         return waiting
 
-    def _copy_serially(self, loads: list[Load]) -> None:
+    def _copy_serially(self, loads: list[Load], write_back: list[int]) -> None:
         """Both directions in turn, with nothing else going on."""
         start = time.monotonic_ns()
-        back = [load.slot for load in loads if load.evicted is not None]
-        if self.options.write_back and back:
-            self._copier.apply(write_back=back)
+        if write_back:
+            self._copier.apply(write_back=write_back)
             self._copier.drain()
         self._copier.apply(demand=[self._request(load) for load in loads])
         self._copier.drain()
@@ -304,7 +303,7 @@ class Engine:
                 self._expert(expert, slot_of[expert], hidden, ids, id_rows, out)
         if not self.options.copy_stream:
             for load in queued:
-                self._copy_serially([load])
+                self._copy_serially([load], [])
                 self._expert(load.expert, load.slot, hidden, ids, id_rows, out)
             return out
         late = {load.expert for load in plan.claimed}

@@ -51,4 +51,9 @@ def machine() -> dict[str, Any]:
                 break
     except OSError:
         model = platform.processor()
-    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

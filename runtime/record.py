@@ -1,6 +1,6 @@
 """Record the routing of a model, run on the engine with every expert resident.
 
-    python -m runtime.record --model DIR --corpus FILE [FILE ...] --out trace.safetensors
+python -m runtime.record --model DIR --corpus FILE [FILE ...] --out trace.safetensors
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def record(
         bar = tqdm(total=len(asked) * tokens, unit="token", file=sys.stderr, delay=2)
         for number, prompt in enumerate(asked):
             ids = engine.tokenizer.encode(prompt.text)
-            stream = engine.generate(
-                ids, tokens + 1, temperature=temperature, seed=seed + number, domain=prompt.domain
-            )
+            stream = engine.generate(ids, tokens + 1, temperature=temperature, seed=seed + number, domain=prompt.domain)
             for _ in stream:
                 bar.update()
         bar.close()
@@ -126,7 +124,11 @@ def main() -> int:
         f"{args.out.name}: {trace.num_decode_tokens} decode and {trace.num_tokens - trace.num_decode_tokens} prefill "
         f"tokens in {len(asked)} sequences, {size / 1e6:.2f} MB"
     )
-    print(json.dumps({"out": str(args.out), "tokens": trace.num_tokens, "decode_tokens": trace.num_decode_tokens, "bytes": size}))
+    print(
+        json.dumps(
+            {"out": str(args.out), "tokens": trace.num_tokens, "decode_tokens": trace.num_decode_tokens, "bytes": size}
+        )
+    )
     return 0
 
 

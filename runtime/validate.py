@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,8 +32,8 @@ from sim.experiment import Experiment, Setting, summary
 from sim.ledger import LoadLog
 from sim.machine import HardwareProfile, load_machine
 from sim.run import read_choice, written
-from sim.spec import Options, SpecError, options
-from traces import DECODE, Trace
+from sim.spec import Options, SpecError, comparable
+from traces import Trace
 
 DEFAULT_POLICIES = ("on_demand", "speculative")
 
@@ -96,7 +95,9 @@ class Validation:
             engine.ledger.log = LoadLog(log)
             for number, prompt in enumerate(self.asked):
                 ids = engine.tokenizer.encode(prompt.text)
-                for _ in engine.generate(ids, self.tokens, temperature=0.8, seed=self.seed + number, domain=prompt.domain):
+                for _ in engine.generate(
+                    ids, self.tokens, temperature=0.8, seed=self.seed + number, domain=prompt.domain
+                ):
                     pass
             ledger = engine.finish()
             assert engine.recorder is not None
@@ -112,9 +113,7 @@ class Validation:
         assert cell.trace is not None
         log = io.StringIO()
         chosen = dataclasses.replace(cell.options, predictor="router")
-        setting = Setting(
-            cell.trace, paced(self.profile, cell.gb_s), cell.trace.model, cell.bits, cell.slots, chosen
-        )
+        setting = Setting(cell.trace, paced(self.profile, cell.gb_s), cell.trace.model, cell.bits, cell.slots, chosen)
         simulated = self.experiment.run(setting, log)
         measured = average(cell.runs)
         times = [run["tpot_s"] for run in cell.runs]
@@ -262,7 +261,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", metavar="NAME|FILE", help="measured profile (default: calibrates first)")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
     p.add_argument("--slots", type=int, action="append", help="per layer, repeatable (default: half of the experts)")
-    p.add_argument("--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(DEFAULT_POLICIES)})")
+    p.add_argument(
+        "--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(DEFAULT_POLICIES)})"
+    )
     p.add_argument("--link-gb-s", type=float, action="append", help="pace of the link, repeatable (default 0.05)")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines (default: built in)")
     p.add_argument("--tokens", type=int, default=48, help="new tokens after each prompt (default %(default)s)")
@@ -287,9 +288,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
             print(f"--{key} on the command line wins over the choice file's {choice[key]}", file=sys.stderr)
     spec = models.spec_of(args.model)
     extra = {"chunk_bytes": choice["chunk_bytes"]} if "chunk_bytes" in choice else {}
-    runs = [options(text, **extra) for text in args.policy or DEFAULT_POLICIES]
-    landing = max((run.landing_slots for run in runs), default=0)
-    runs = [options(run.text, landing_slots=landing, **extra) if not run.prefetches else run for run in runs]
+    runs = comparable(list(args.policy or DEFAULT_POLICIES), **extra)
     for gb_s in args.link_gb_s or [calibrate.DEFAULT_LINK_GB_S]:
         if not 1e-4 <= gb_s <= 100:
             raise SpecError(f"--link-gb-s is {gb_s}; it must be 0.0001 to 100")

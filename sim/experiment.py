@@ -25,6 +25,7 @@ class Setting:
         trace: routing to replay; its layers, experts and top_k must be the model's.
         machine, model, bits, slots, options: what is timed and how it is scheduled.
         cold_sequences: caches are emptied where a sequence starts.
+        context: tokens the KV cache has room for, counted in VRAM; None is the longest sequence of the trace.
     """
 
     trace: Trace
@@ -34,6 +35,7 @@ class Setting:
     slots: int
     options: Options
     cold_sequences: bool = False
+    context: int | None = None
 
 
 def predictor(setting: Setting) -> Predict | None:
@@ -205,7 +207,8 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
     measured = timing.measured
     planner_slots = sum(layer_sizes(setting.model, run, setting.slots)) + run.stream_slots
     planner_slots += run.landing_slots if run.prefetches else 0
-    kv = setting.model.kv_bytes * setting.model.num_layers * int(trace.sequence_lengths.max(initial=0))
+    context = int(trace.sequence_lengths.max(initial=0)) if setting.context is None else setting.context
+    kv = setting.model.kv_bytes * setting.model.num_layers * context
     return {
         "policy": run.text,
         "cache": run.cache.text(),

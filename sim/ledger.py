@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 
-from sim.planner import PREFETCH, RETRACT, Load, Plan
+from sim.planner import RETRACT, Load, Plan
 
 
 @dataclass(slots=True)
@@ -102,9 +101,6 @@ class Ledger:
     log: LoadLog = field(default_factory=LoadLog)
 
 
-Slice = Callable[[str, str, int, int, dict[str, Any]], None]
-
-
 class Timeline:
     """Slices in Chrome's trace format, for Perfetto; tracks appear in order of first use."""
 
@@ -128,6 +124,3 @@ class Timeline:
 
 def _meta(what: str, track: int, name: str) -> str:
     return json.dumps({"ph": "M", "pid": 1, "tid": track, "name": what, "args": {"name": name}})
-
-
-__all__ = ["PREFETCH", "Counts", "Ledger", "LoadLog", "Timeline"]

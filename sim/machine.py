@@ -206,7 +206,7 @@ def override(machine: HardwareProfile, model: ModelSpec, items: list[str]) -> tu
             values = machine.to_json()
             _assign(values["machine"], path.split("."), value, key)
             sources = machine.sources | {path: "set by the user"}
-            machine = machine_from(values["machine"], machine.evidence, sources)
+            machine = machine_from(values["machine"], "ESTIMATED", sources)
         else:
             fields = model.to_json()
             _assign(fields, [path], value, key)

@@ -92,7 +92,7 @@ class Planner:
         timing: the machine's times; advances the virtual link clock.
         next_use: for a cache rule that needs the future: for each layer int64 [visits + 1, experts], the first visit
             of that layer, from this one on, that routes the expert (`sim.bounds.next_use_tables`).
-        keep_time: advance the virtual clock even if the policy does not read it.
+        keep_time: advance the virtual clock even if the policy never prefetches.
         cold_sequences: the first visit of a sequence empties the caches.
 
     Raises:
@@ -122,11 +122,10 @@ class Planner:
         self.num_slots = cache_slots + self.landing_slots + options.stream_slots
         self._stream = list(range(cache_slots + self.landing_slots, self.num_slots))
         self.clock = Clock(timing, options)
-        self._keeps_time = keep_time or options.uses_link
+        self._keeps_time = keep_time or options.prefetches
         self._next_use = next_use
         self._score = options.cache.module.score
         self._cache_params = options.cache.params
-        self._recency_only = options.cache.name == "lru"
         self._accesses = 0
         self._loads = 0
         self._cold = cold_sequences
@@ -283,12 +282,6 @@ class Planner:
         last_use = self._last_use[layer]
         pending = self._pending[layer]
         best, lowest = -1, 0.0
-        if self._recency_only:
-            for expert in self._resident[layer]:
-                score = float(last_use[expert])
-                if (best < 0 or (score, expert) < (lowest, best)) and expert not in protected and expert not in pending:
-                    best, lowest = expert, score
-            return best
         uses, loaded = self._uses[layer], self._loaded[layer]
         future = self._next_use[layer][self._visits[layer]].tolist() if self._next_use else None
         for expert in self._resident[layer]:

@@ -1,7 +1,7 @@
 """Simulate scheduling policies on a routing trace.
 
-    python -m sim.run --policy speculative
-    python -m sim.run --policy on_demand --policy speculative:lookahead=2 --machine rtx4090 --bits 3
+python -m sim.run --policy speculative
+python -m sim.run --policy on_demand --policy speculative:lookahead=2 --machine rtx4090 --bits 3
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sim import registry
 from sim.experiment import BOUNDS, Experiment, Setting, fit
 from sim.ledger import Timeline
 from sim.presets import PRESETS
-from sim.spec import Options, SpecError, options
+from sim.spec import Options, SpecError, comparable
+from sim.timing import Timing
 from traces import ModelSpec, TraceError
 from traces.format import shipped
 
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     epilog = (
         f"policies:\n{registry.describe('policy')}\npresets:\n{presets}\ncaches:\n{registry.describe('cache')}\n"
         f"predictors (or the name of guesses recorded in the trace):\n{registry.describe('predictor')}\n"
-        f"machines: {', '.join(machines.names(machines.PROFILES))}\nmodels: {', '.join(machines.names(machines.MODELS))}"
+        f"machines: {', '.join(machines.names(machines.PROFILES))}\n"
+        f"models: {', '.join(machines.names(machines.MODELS))}"
     )
     p = argparse.ArgumentParser(
         prog="python -m sim.run",
@@ -61,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--timeline", metavar="FILE.json.gz", help="write a timeline for Perfetto (one --policy)")
     p.add_argument("--load-log", metavar="FILE", help="write every load as a JSON line (one --policy)")
     p.add_argument("--cold-sequences", action="store_true", help="empty the caches where a sequence starts")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: machine.X, model.X")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: machine.X, model.X"
+    )
     p.add_argument("--choice", metavar="FILE", help="take policy, bits, slots, chunk_bytes, context from a choice file")
     return p
 
@@ -114,14 +118,14 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     except ValueError as error:
         raise SpecError(str(error)) from None
     extra = {"chunk_bytes": args.chunk_bytes} if getattr(args, "chunk_bytes", None) is not None else {}
-    runs = [options(p, args.cache, args.predictor, **extra) for p in args.policy or ["speculative"]]
-    if len(runs) == 1 and not args.no_baselines:
-        landing = runs[0].landing_slots
-        runs += [options(b, args.cache, args.predictor, landing_slots=landing) for b in BASELINES]
-    elif len(runs) > 1 and (args.timeline or args.load_log):
+    policies = args.policy or ["speculative"]
+    if len(policies) > 1 and (args.timeline or args.load_log):
         raise SpecError("--timeline and --load-log describe one run; give exactly one --policy with them")
+    alone = len(policies) == 1 and not args.no_baselines
+    runs = comparable([*policies, *(BASELINES if alone else ())], args.cache, args.predictor, **extra)
     slots = args.slots if args.slots is not None else model.num_experts // 2
-    setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences)
+    context = getattr(args, "context", None)
+    setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, context)
     return setting, runs
 
 
@@ -135,9 +139,11 @@ def written(path: str | None) -> Iterator[IO[str] | None]:
     try:
         with temporary.open("wb") as raw:
             if path.endswith(".gz"):
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
-                    with io.TextIOWrapper(packed, encoding="utf-8") as text:
-                        yield text
+                with (
+                    gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+                    io.TextIOWrapper(packed, encoding="utf-8") as text,
+                ):
+                    yield text
             else:
                 with io.TextIOWrapper(raw, encoding="utf-8") as text:
                     yield text
@@ -184,8 +190,6 @@ def scaled(setting: Setting, result: dict[str, Any]) -> dict[str, Any] | None:
     layers, full = setting.model.num_layers, setting.model.full_layers
     if not full or result["tpot_s"] is None:
         return None
-    from sim.timing import Timing
-
     head_s = Timing(setting.machine, setting.model, setting.bits, setting.options).head_ns(1) / 1e9
     tpot_s = (result["tpot_s"] - head_s) * full / layers + head_s
     return {"layers": full, "tpot_s": tpot_s, "tokens_per_s": 1 / tpot_s, "evidence": "ESTIMATED"}

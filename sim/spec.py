@@ -160,7 +160,7 @@ class Options:
         for name, least in (("landing_slots", 0), ("stream_slots", 1), ("chunk_bytes", -1), ("max_submitted", 1)):
             if getattr(self, name) < least:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.prefetches and not 1 <= self.lookahead:
+        if self.prefetches and not self.lookahead >= 1:
             raise SpecError(f"lookahead is {self.lookahead}; it must be at least 1")
 
     @property
@@ -172,11 +172,6 @@ class Options:
     def lookahead(self) -> int:
         """Layers ahead the policy looks; 0 when it does not."""
         return int(self.policy.params.lookahead) if self.prefetches else 0
-
-    @property
-    def uses_link(self) -> bool:
-        """Whether the policy reads the virtual link clock."""
-        return bool(getattr(self.policy.module, "USES_LINK", False))
 
     def needs_future(self) -> list[str]:
         """Names of plug-ins in use that know future routing."""
@@ -227,3 +222,17 @@ def options(text: str, cache: str = "lru", predictor: str = "recorded", **defaul
             values[key] = convert(key, value, type(RUN_KEYS[key].default))
     chosen = bind("cache", parse(keys.get("cache", cache)))
     return Options(policy=policy, cache=chosen, predictor=keys.get("predictor", predictor), text=text, **values)
+
+
+def comparable(texts: list[str], cache: str = "lru", predictor: str = "recorded", **defaults: Any) -> list[Options]:
+    """Options of policies that are compared: those that never prefetch get as many landing slots as the others.
+
+    Raises:
+        SpecError: as `options`.
+    """
+    runs = [options(text, cache, predictor, **defaults) for text in texts]
+    landing = max((run.landing_slots for run in runs if run.prefetches), default=0)
+    return [
+        run if run.prefetches else options(run.text, cache, predictor, **{"landing_slots": landing, **defaults})
+        for run in runs
+    ]

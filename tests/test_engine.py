@@ -14,9 +14,9 @@ transformers = pytest.importorskip("transformers", reason="the engine needs the 
 
 from runtime import corpus, models, train  # noqa: E402 (after the check above)
 from runtime.engine import Engine  # noqa: E402
+from runtime.prompts import BUILT_IN  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.record import UNPACED, record  # noqa: E402
-from runtime.prompts import BUILT_IN  # noqa: E402
 from runtime.store import HostStore  # noqa: E402
 from sim import registry  # noqa: E402
 from sim.experiment import Setting, replay  # noqa: E402

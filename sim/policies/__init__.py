@@ -2,5 +2,5 @@
 
 A policy that prefetches defines ``worth(params, guess, link)`` (highest first, nothing at or below zero) and a
 parameter ``lookahead``; one without ``worth`` never prefetches and uses its landing slots as cache slots.
-``OPTIONS`` holds its own defaults for run options; ``USES_LINK`` says that ``worth`` reads the virtual link clock.
+``OPTIONS`` holds its own defaults for run options.
 """

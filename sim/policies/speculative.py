@@ -13,7 +13,6 @@ from typing import NamedTuple
 from sim.plugin import Guess, LinkView
 
 SOURCE = "our reconstruction of the speculative expert scheduling of Ou et al. 2025 (doi 10.1016/j.csi.2025.103996)"
-USES_LINK = True
 OPTIONS = {"landing_slots": 2, "stale": "retract"}
 
 

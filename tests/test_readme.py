@@ -1,0 +1,58 @@
+"""What the README tells people to type works, and what it says of files is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+SETUP = [line for line in LINES if "-m venv" in line]
+COMMANDS = [line for line in LINES if line.startswith("python -m ")]
+NOT_RUN = {"runtime.train"}  # hours; its flags are parsed
+
+
+def test_two_commands_do_all_the_setup() -> None:
+    assert len(SETUP) == 2
+    assert all(line.startswith("python3 -m venv .venv && ") for line in SETUP)
+    assert SETUP[0].endswith("-m sim.run --policy speculative")
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert SETUP[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_runs_and_ends_in_one_json_document(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line, comments=True)
+    module = words[2]
+    if module.startswith("runtime."):
+        pytest.importorskip("torch", reason="needs the runtime extra")
+    if module in NOT_RUN:
+        parser = __import__(module, fromlist=["parser"]).parser()
+        parser.parse_args(words[3:])
+        return
+    result = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert isinstance(json.loads(result.stdout.splitlines()[-1]), dict)
+
+
+def test_files_the_readme_names_exist() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +25,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from runtime import models, provenance
-from runtime.copier import Copier, Request
-from runtime.engine import Engine, Spans, paced
-from runtime.store import HostStore, SlotPool, StoreError
+from runtime.copier import Copier, CopierError, Request
+from runtime.engine import Engine, paced
+from runtime.observe import Spans
+from runtime.store import HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
-from sim.spec import SpecError, options
+from sim.spec import options
 
 DEFAULT_LINK_GB_S = 0.05
 BUSY_SHARE = 0.1  # of the cores, used by others, above which a profile is labelled
@@ -36,7 +39,6 @@ PROMPT = (
     "        j = random.randint(0, i)\n"
     "        deck[i], deck[j] = deck[j], deck[i]\n    return deck\n"
 )
-POLICIES = ("on_demand", "speculative")
 
 
 class Load:
@@ -56,13 +58,13 @@ class Load:
         own = os.times()
         return busy, own.user + own.system + own.children_user + own.children_system, time.monotonic()
 
-    def others(self, children_s: float = 0.0) -> float | None:
-        """``children_s``: processor seconds of our own children that still run."""
+    def others(self) -> float | None:
+        """Ask when our own children have ended; those that still run count as others."""
         end = self._read()
         if self._start is None or end is None:
             return None
         wall = (end[2] - self._start[2]) * (os.cpu_count() or 1)
-        return max(0.0, (end[0] - self._start[0]) - (end[1] - self._start[1]) - children_s) / wall
+        return max(0.0, (end[0] - self._start[0]) - (end[1] - self._start[1])) / wall
 
 
 def trimmed_mean(samples: Sequence[float]) -> float:
@@ -107,11 +109,11 @@ class Calibration:
         tokens: decode tokens of each run.
     """
 
-    def __init__(self, model_dir: Path, bits: Sequence[int], tokens: int, gb_s: float) -> None:
+    def __init__(self, model_dir: Path, bits: Sequence[int], tokens: int) -> None:
         self.model_dir = model_dir
         self.spec = models.spec_of(model_dir)
         self.tokens = tokens
-        link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
+        link = LinkProfile(DEFAULT_LINK_GB_S, 0.0, DEFAULT_LINK_GB_S, 0.0, DEFAULT_LINK_GB_S)
         self.rough = HardwareProfile(
             "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=2e-4
         )
@@ -162,10 +164,12 @@ class Calibration:
         head = law((q, max(1e-9, v + embed.get(q, 0.0)), count**0.5) for q, v, count in head_points)
         gates = []
         host: dict[str, float] = {}
+        usual = options("speculative").lookahead
         for distance in range(1, min(4, self.spec.num_layers - 1) + 1):
             for s in self.run(f"speculative:lookahead={distance}", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
                 gates.append(trimmed_mean([ns / 1e9 for n, ns in s.gates if n == 1]))
-                host["speculative"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
+                if distance <= usual:
+                    host["speculative"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
         for s in self.run("on_demand", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
             host["on_demand"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
         host["default"] = host["on_demand"]
@@ -191,6 +195,13 @@ class Calibration:
                     waits.append((time.monotonic_ns() - end_ns) / 1e9)
                 rates.append(count * size / (end_ns - start))
             return float(np.median(rates)), trimmed_mean(waits)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for store in self.stores.values():
+            store.close()
 
 
 def memory_gb_s() -> float:
@@ -225,9 +236,9 @@ def calibrate(
         ModelError, StoreError, SpecError: inputs that cannot be used.
     """
     load = Load()
-    calibration = Calibration(model_dir, bits, tokens, gb_s)
-    operators = calibration.operators()
-    rate, wait_s = calibration.link(gb_s)
+    with Calibration(model_dir, bits, tokens) as calibration:
+        operators = calibration.operators()
+        rate, wait_s = calibration.link(gb_s)
     memory, arithmetic = memory_gb_s(), tflops()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     others = load.others()
@@ -249,8 +260,6 @@ def calibrate(
         "host_gb": "the system's figure",
     }
     link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
-    for store in calibration.stores.values():
-        store.close()
     evidence = "MEASURED" if others is not None and others <= BUSY_SHARE else "MEASURED (busy machine)"
     return HardwareProfile(
         name=name,
@@ -290,13 +299,14 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     try:
+        provenance.check_folder("--out", args.out)
         if not 1e-4 <= args.link_gb_s <= 100:
             raise ValueError(f"--link-gb-s is {args.link_gb_s}; it must be 0.0001 to 100")
         if args.tokens < 8:
             raise ValueError(f"--tokens is {args.tokens}; it must be at least 8")
         profile = calibrate(args.model, args.bits or [4], gb_s=args.link_gb_s, tokens=args.tokens, name=args.name)
         save(profile, args.out)
-    except (ValueError, OSError, SpecError, StoreError) as error:
+    except (ValueError, OSError, CopierError) as error:
         print(f"runtime.calibrate: {error}", file=sys.stderr)
         return 2
     laws = next(iter(profile.operators.values()))

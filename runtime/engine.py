@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,44 +19,20 @@ import torch
 
 from runtime import models
 from runtime.copier import Copier, Request
+from runtime.experts import OffloadedExperts, SlotExperts
 from runtime.lookahead import RouterGates, ranked
-from runtime.quantize import Workspace, forward, views
+from runtime.observe import EngineTimeline, Spans
 from runtime.recorder import Recorder
 from runtime.store import HostStore, SlotPool
 from sim.ledger import Counts, Ledger
 from sim.machine import HardwareProfile
-from sim.planner import Load, Plan, Planner
-from sim.spec import Options, SpecError
+from sim.planner import PREFETCH, STREAM, Load, Plan, Planner
+from sim.spec import Options, SpecError, parse
 from sim.timing import Timing
 from traces import DECODE, PREFILL, Visit
 from traces.vocabulary import router_order
 
-
-@dataclass
-class Spans:
-    """Measured durations in nanoseconds, one entry per occurrence; what the columns are stands beside each list.
-
-    ``dense`` runs from the end of the last expert of the visit before; it holds that visit's weighted sum too.
-    """
-
-    dense: list[tuple[int, int, int, int]] = field(default_factory=list)  # layer, tokens, context, ns
-    gates: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    host: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    expert: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    head: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-
-
-class OffloadedExperts(torch.nn.Module):
-    """Stands where a block's experts stood; holds no weights."""
-
-    def __init__(self, engine: Engine, layer: int) -> None:
-        super().__init__()
-        self._visit = engine.visit
-        self._layer = layer
-
-    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H], ids [T, K], weights [T, K] -> [T, H]."""
-        return self._visit(self._layer, hidden, ids, weights)
+PREDICTORS = ("recorded", "router")  # both are the model's own routers here: what the engine records under "router"
 
 
 class Engine:
@@ -75,6 +50,7 @@ class Engine:
 
     Raises:
         ModelError, SpecError, StoreError: inputs that cannot be used.
+        CopierError: the copier does not start.
     """
 
     device = "cpu"
@@ -93,6 +69,10 @@ class Engine:
     ) -> None:
         if future := options.needs_future():
             raise SpecError(f"{', '.join(future)} needs the future, which only a replay knows; use it in the simulator")
+        if options.prefetches and parse(options.predictor).name not in PREDICTORS:
+            raise SpecError(
+                f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"
+            )
         self.spec = models.spec_of(model_dir)
         self.options = options
         self.slots = slots
@@ -101,28 +81,28 @@ class Engine:
         self.planner = Planner(self.spec, options, slots, self.timing)
         self.ledger = Ledger()
         self.spans: Spans | None = None
+        self.timeline: EngineTimeline | None = None
         self._owns_store = store is None
         self.store = store or HostStore.build(model_dir, self.spec, bits)
         self.model, self.tokenizer = models.load(model_dir)
         blocks = models.moe_blocks(self.model)
         routers = [b.router.weight.detach() for b in blocks]
-        reach = max(options.lookahead, record or 0)
+        reach = min(max(options.lookahead, record or 0), self.spec.num_layers - 1)
         self._gates = RouterGates(routers, self.spec.top_k, reach) if reach else None
         self.recorder = Recorder(self.spec, reach, record_logits) if record is not None else None
         self._record_all = bool(record)
-        self._act = blocks[0].block.experts.act_fn
+        act = blocks[0].block.experts.act_fn
         for layer, found in enumerate(blocks):
-            found.block.experts = OffloadedExperts(self, layer)
+            found.block.experts = OffloadedExperts(self.visit, layer)
             if record_logits:
                 found.router.register_forward_hook(self._keep_logits)
         self._logits: torch.Tensor | None = None
-        self._pool = SlotPool(self.planner.num_slots, self.store.expert_bytes)
-        self._views = [views(self._pool.row(i), self.store.layout) for i in range(self._pool.num_slots)]
-        self._workspace = Workspace(self.store.layout)
+        pool = SlotPool(self.planner.num_slots, self.store.expert_bytes)
+        self._experts = SlotExperts(pool, self.store.layout, act)
         link = machine.link
         self._copier = Copier(
             self.store,
-            self._pool,
+            pool,
             bytes_per_s=link.h2d_gb_s * 1e9,
             fixed_s=link.h2d_fixed_s,
             chunk_bytes=options.chunk_size(self.store.expert_bytes),
@@ -144,7 +124,13 @@ class Engine:
         """Token ids one by one; greedy at temperature 0.
 
         One prefill pass gives the first, ``max_new_tokens - 1`` decode passes the others.
+
+        Raises:
+            ValueError: an empty prompt.
+            CopierError: the copier has ended, or is slower than its waits allow.
         """
+        if not prompt:
+            raise ValueError("the prompt has no tokens; give it at least one")
         generator = torch.Generator().manual_seed(seed)
         self._starts_sequence = True
         if self.recorder:
@@ -164,6 +150,9 @@ class Engine:
             end = time.monotonic_ns()
             if self.spans is not None:
                 self.spans.head.append((len(ids), end - self._mark))
+            if self.timeline:
+                self.timeline.compute("head", self._mark, end)
+                self.timeline.end_pass(end - start)
             counts.compute_ns += end - self._mark
             self._end_pass(counts, phase, len(ids), end - start, before.busy_ns)
             context += len(ids)
@@ -174,6 +163,8 @@ class Engine:
         self._phase, self._tokens, self._context, self._mark = phase, tokens, context, start
         if self.recorder:
             self.recorder.start_pass(tokens, phase)
+        if self.timeline:
+            self.timeline.begin_pass(start)
 
     def _end_pass(self, counts: Counts, phase: int, tokens: int, elapsed: int, busy_before: int) -> None:
         counts.passes += 1
@@ -203,10 +194,10 @@ class Engine:
         """Plan, copy and compute one MoE layer: hidden [T, H], ids and weights [T, K] -> [T, H]."""
         tokens = hidden.shape[0]
         looking = self._gates is not None and (self._record_all or (self._phase == DECODE and tokens == 1))
+        id_rows = ids.tolist()
         before_gates = time.monotonic_ns()
         scores = self._gates.scores(layer, hidden) if looking and self._gates else None
         guesses = ranked(scores[0]) if scores is not None and tokens == 1 else []
-        id_rows = ids.tolist()
         known = time.monotonic_ns()
         experts, counts = router_order(id_rows)
         visit = Visit(
@@ -217,8 +208,8 @@ class Engine:
         plan = self.planner.plan(visit)
         waiting = self._issue(plan, known)
         planned = time.monotonic_ns()
-        out = self._compute(plan, waiting, hidden, ids, id_rows)
-        started, self._mark = self._mark, time.monotonic_ns()
+        started = self._mark
+        out = self._compute(plan, waiting, hidden, ids, id_rows, planned)
         result = (out * weights.unsqueeze(-1).to(out.dtype)).sum(1).to(hidden.dtype)
         self._account(plan, started, before_gates, known, planned)
         if self.recorder:
@@ -236,6 +227,9 @@ class Engine:
             self.spans.dense.append((visit.layer, visit.tokens, visit.context, before_gates - started))
             self.spans.gates.append((visit.tokens, known - before_gates))
             self.spans.host.append((visit.tokens, planned - known))
+        if self.timeline:
+            self.timeline.compute(f"attention {visit.layer}", started, known)
+            self.timeline.compute(f"plan {visit.layer}", known, planned)
 
     def _request(self, load: Load) -> Request:
         row = load.layer * self.spec.num_experts + load.expert
@@ -244,119 +238,139 @@ class Engine:
     def _issue(self, plan: Plan, known: int) -> dict[int, int]:
         """Send the plan's effects to the copier; returns what must be waited for: expert -> load number."""
         phase = self.ledger.phases[self._phase]
+        if not self.options.copy_stream:
+            phase.hits += len(plan.claimed)
+            return {}
         self._collect()
         waiting: dict[int, int] = {}
         for load in plan.claimed:
             if self._there.get(load.number, known + 1) <= known:
-                del self._there[load.number]
+                self._use(load, self._there.pop(load.number))
                 phase.hits += 1
             else:
                 phase.late += 1
                 waiting[load.expert] = load.number
         for load in plan.retract:
             self._there.pop(load.number, None)
-        retract = [load.number for load in plan.retract]
-        lost = [load.slot for load in (*plan.demand, *plan.prefetch) if load.evicted is not None]
-        write_back = plan.displaced + lost if self.options.write_back else []
-        if not self.options.copy_stream:
-            self._copy_serially([*plan.demand, *plan.prefetch], write_back)
-            return {}
         at_once = plan.demand + plan.stream[: self.options.stream_slots]
         self._copier.apply(
-            retract,
+            [load.number for load in plan.retract],
             list(waiting.values()),
             [self._request(load) for load in at_once],
             [self._request(load) for load in plan.prefetch],
-            write_back,
+            self._write_back(plan),
         )
+        if self.timeline:
+            self.timeline.issued((*at_once, *plan.prefetch), time.monotonic_ns())
         for load in at_once:
             waiting[load.expert] = load.number
         return waiting
 
-    def _copy_serially(self, loads: list[Load], write_back: list[int]) -> None:
-        """Both directions in turn, with nothing else going on."""
-        start = time.monotonic_ns()
+    def _write_back(self, plan: Plan) -> list[int]:
+        """Slots whose experts are copied to the host: those of every victim, if the run asks for it."""
+        if not self.options.write_back:
+            return []
+        return plan.displaced + [load.slot for load in (*plan.demand, *plan.prefetch) if load.evicted is not None]
+
+    def _copy_serially(self, loads: list[Load], write_back: list[int], start: int) -> int:
+        """Both directions in turn, with nothing else going on since ``start``; returns when it ended."""
+        if not loads and not write_back:
+            return start
         if write_back:
             self._copier.apply(write_back=write_back)
             self._copier.drain()
-        self._copier.apply(demand=[self._request(load) for load in loads])
-        self._copier.drain()
-        self._copier.arrived()
-        self.ledger.phases[self._phase].stall_miss_ns += time.monotonic_ns() - start
+        if loads:
+            self._copier.apply(demand=[self._request(load) for load in loads])
+            self._copier.drain()
+            self._copier.arrived()
+        end = time.monotonic_ns()
+        self.ledger.phases[self._phase].stall_miss_ns += end - start
+        if self.timeline:
+            self.timeline.serial(start, end)
+        return end
+
+    def _use(self, load: Load, end_ns: int) -> None:
+        if self.timeline:
+            self.timeline.arrived(load.number, load.layer, load.expert, end_ns)
 
     def _collect(self) -> None:
         for arrival in self._copier.arrived():
             self._there[arrival.load] = arrival.end_ns
 
     def _compute(
-        self, plan: Plan, waiting: dict[int, int], hidden: torch.Tensor, ids: torch.Tensor, id_rows: list[list[int]]
+        self,
+        plan: Plan,
+        waiting: dict[int, int],
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        id_rows: list[list[int]],
+        at: int,
     ) -> torch.Tensor:
-        """Outputs of every routed expert, [T, K, H]: residents first, then in order of arrival."""
+        """Outputs of every routed expert, [T, K, H]: residents first, then in order of arrival.
+
+        From ``at`` (the end of the plan) to ``self._mark`` (the end of the last expert) every nanosecond is counted
+        as compute or as a stall.
+        """
         visit = plan.visit
         slot_of = dict(zip(visit.experts, plan.slots, strict=True))
         out = torch.empty(*ids.shape, hidden.shape[-1])
-        queued = deque(plan.stream[self.options.stream_slots :] if self.options.copy_stream else plan.stream)
-        streamed = {load.expert: load for load in plan.stream}
+        phase = self.ledger.phases[self._phase]
+
+        def compute(expert: int, start: int) -> int:
+            tokens = self._experts.compute(expert, slot_of[expert], hidden, ids, id_rows, out)
+            end = time.monotonic_ns()
+            phase.compute_ns += end - start
+            if self.spans is not None:
+                self.spans.expert.append((tokens, end - start))
+            if self.timeline:
+                self.timeline.compute(f"expert {visit.layer}.{expert}", start, end)
+            return end
+
+        if not self.options.copy_stream:
+            at = self._copy_serially([*plan.demand, *plan.prefetch], self._write_back(plan), at)
+        at_once = self.options.stream_slots if self.options.copy_stream else 0
+        queued = deque(plan.stream[at_once:])
+        loads = {load.expert: load for load in (*plan.claimed, *plan.demand, *plan.stream)}
         later = waiting.keys() | {load.expert for load in queued}
         for expert in visit.experts:
             if expert not in later:
-                self._expert(expert, slot_of[expert], hidden, ids, id_rows, out)
+                at = compute(expert, at)
         if not self.options.copy_stream:
             for load in queued:
-                self._copy_serially([load], [])
-                self._expert(load.expert, load.slot, hidden, ids, id_rows, out)
-            return out
-        late = {load.expert for load in plan.claimed}
-        phase = self.ledger.phases[self._phase]
+                at = self._copy_serially([load], [], at)
+                at = compute(load.expert, at)
         while waiting:
             expert = self._next_arrived(waiting)
             if expert is None:
-                start = time.monotonic_ns()
+                start = at
                 while expert is None:
                     arrival = self._copier.wait()
                     self._there[arrival.load] = arrival.end_ns
                     expert = self._next_arrived(waiting)
-                waited = time.monotonic_ns() - start
-                if expert in late:
-                    phase.stall_late_ns += waited
+                at = time.monotonic_ns()
+                if loads[expert].kind == PREFETCH:
+                    phase.stall_late_ns += at - start
                 else:
-                    phase.stall_miss_ns += waited
-            self._there.pop(waiting.pop(expert))
-            self._expert(expert, slot_of[expert], hidden, ids, id_rows, out)
-            if expert in streamed and queued:
+                    phase.stall_miss_ns += at - start
+                if self.timeline:
+                    self.timeline.compute(f"stall {visit.layer}", start, at)
+            self._use(loads[expert], self._there.pop(waiting.pop(expert)))
+            at = compute(expert, at)
+            if loads[expert].kind == STREAM and queued:
                 load = queued.popleft()
                 self._copier.apply(demand=[self._request(load)])
                 waiting[load.expert] = load.number
+                if self.timeline:
+                    self.timeline.issued([load], at)
             if waiting:
                 self._collect()
+        self._mark = at
         return out
 
     def _next_arrived(self, waiting: dict[int, int]) -> int | None:
         """Of the experts waited for, the one whose bytes came first; None when none are there yet."""
         there = [(self._there[number], expert) for expert, number in waiting.items() if number in self._there]
         return min(there)[1] if there else None
-
-    def _expert(
-        self,
-        expert: int,
-        slot: int,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        id_rows: list[list[int]],
-        out: torch.Tensor,
-    ) -> None:
-        start = time.monotonic_ns()
-        if len(id_rows) == 1:
-            tokens = 1
-            out[0, id_rows[0].index(expert)] = forward(self._views[slot], hidden, self._act, self._workspace)[0]
-        else:
-            rows, ranks = (ids == expert).nonzero(as_tuple=True)
-            tokens = len(rows)
-            out[rows, ranks] = forward(self._views[slot], hidden[rows], self._act, self._workspace)
-        elapsed = time.monotonic_ns() - start
-        self.ledger.phases[self._phase].compute_ns += elapsed
-        if self.spans is not None:
-            self.spans.expert.append((tokens, elapsed))
 
     def _keep_logits(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
         self._logits = output[0]
@@ -366,8 +380,7 @@ class Engine:
     def close(self) -> None:
         """End the copier and let go of store and slots."""
         self._copier.close()
-        self._views.clear()
-        self._pool.close()
+        self._experts.close()
         if self._owns_store:
             self.store.close()
 

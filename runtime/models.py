@@ -77,7 +77,7 @@ def spec_of(model_dir: Path) -> ModelSpec:
         attention = 2 * hidden * head_dim * (heads + kv_heads) + hidden * (config["num_local_experts"] + 2)
         embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
         return ModelSpec(
-            name=model_dir.name,
+            name=model_dir.resolve().name,
             num_layers=layers,
             num_experts=config["num_local_experts"],
             top_k=config["num_experts_per_tok"],

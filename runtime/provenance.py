@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,19 @@ def commit() -> str:
 
 def command() -> str:
     """The command line, files by name only."""
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    words = [re.sub(rf"[^=]*{re.escape(os.sep)}", "", word.rstrip(os.sep)) for word in sys.argv[1:]]
     module = Path(sys.argv[0]).stem
     return " ".join(["python -m", f"runtime.{module}", *words])
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Before anything long begins: is there a folder to write ``path`` into?
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: its folder does not exist; make it first")
 
 
 def weights_sha256(model_dir: Path) -> str:

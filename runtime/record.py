@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 import traces
 from runtime import corpus, models, prompts, provenance
+from runtime.copier import CopierError
 from runtime.engine import Engine
-from runtime.store import StoreError
 from sim.machine import HardwareProfile, LinkProfile
-from sim.spec import SpecError, options
+from sim.spec import options
 from traces import Trace
 
 UNPACED = HardwareProfile(
@@ -41,7 +41,12 @@ def record(
     """Generate ``tokens`` tokens after every prompt and keep all routing and guesses.
 
     Prompt i is sampled with seed + i. The first new token comes out of the prefill, so a prompt gives tokens - 1
-    decode passes; one more token is generated than asked for.
+    decode passes; one more token is generated than asked for. Distances that pass the last layer from every layer are
+    not recorded.
+
+    Raises:
+        ValueError: an empty prompt.
+        ModelError, StoreError: a model that cannot be used.
     """
     spec = models.spec_of(model_dir)
     run = options("on_demand")
@@ -54,7 +59,7 @@ def record(
         record=lookahead,
         record_logits=logits,
     ) as engine:
-        bar = tqdm(total=len(asked) * tokens, unit="token", file=sys.stderr, delay=2)
+        bar = tqdm(total=len(asked) * (tokens + 1), unit="token", file=sys.stderr, delay=2)
         for number, prompt in enumerate(asked):
             ids = engine.tokenizer.encode(prompt.text)
             stream = engine.generate(ids, tokens + 1, temperature=temperature, seed=seed + number, domain=prompt.domain)
@@ -98,6 +103,7 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     try:
+        provenance.check_folder("--out", args.out)
         for name, least in (("sequences", 1), ("prompt_bytes", 8), ("tokens", 1), ("lookahead", 0)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
@@ -116,7 +122,7 @@ def main() -> int:
             logits=not args.no_logits,
         )
         traces.save(trace, args.out)
-    except (ValueError, OSError, SpecError, StoreError) as error:
+    except (ValueError, OSError, CopierError) as error:
         print(f"runtime.record: {error}", file=sys.stderr)
         return 2
     size = args.out.stat().st_size

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from runtime.lookahead import NUM_GUESSES
-from traces import DECODE, PREFILL, ModelSpec, Trace
+from traces import ModelSpec, Trace
 from traces.trace import id_dtype, rank
 
 
@@ -81,6 +81,3 @@ class Recorder:
             domains=tuple(self._domains) if all(self._domains) else (),
             routing=routing,
         )
-
-
-__all__ = ["DECODE", "PREFILL", "Recorder"]

@@ -10,14 +10,12 @@ must be equal line by line.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,15 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+import traces
 from runtime import calibrate, models, prompts, provenance
+from runtime.copier import CopierError
 from runtime.engine import Engine, paced
-from runtime.store import HostStore, StoreError
-from sim.experiment import Experiment, Setting, summary
-from sim.ledger import LoadLog
+from runtime.observe import EngineTimeline, merged
+from runtime.store import HostStore
+from runtime.verdict import average, first_divergence, judge, recheck, replayed
+from sim.experiment import Setting, summary
+from sim.ledger import LoadLog, Timeline
 from sim.machine import HardwareProfile, load_machine
 from sim.run import read_choice, written
 from sim.spec import Options, SpecError, comparable
@@ -46,7 +48,8 @@ class Cell:
         options, slots, bits, gb_s: the setting.
         runs: the engine's figures, one per repeat, keys of a ``sim.run`` line.
         trace: routing and guesses of the first repeat.
-        log: its load log.
+        logs: the load log of every repeat.
+        timeline: of the first repeat, where one is wanted.
     """
 
     options: Options
@@ -55,7 +58,12 @@ class Cell:
     gb_s: float
     runs: list[dict[str, Any]] = field(default_factory=list)
     trace: Trace | None = None
-    log: str = ""
+    logs: list[str] = field(default_factory=list)
+    timeline: Timeline | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.options.text}, {self.bits} bits, {self.slots} slots, {self.gb_s:g} GB/s"
 
 
 class Validation:
@@ -64,21 +72,28 @@ class Validation:
     Args:
         model_dir, asked, tokens, seed: what is generated.
         profile: this machine, measured for this model.
+        timelines: keep a timeline of every cell's first repeat, and of its simulation.
     """
 
     def __init__(
-        self, model_dir: Path, profile: HardwareProfile, asked: Sequence[prompts.Prompt], tokens: int, seed: int
+        self,
+        model_dir: Path,
+        profile: HardwareProfile,
+        asked: Sequence[prompts.Prompt],
+        tokens: int,
+        seed: int,
+        timelines: bool = False,
     ) -> None:
         self.model_dir = model_dir
         self.profile = profile
         self.asked = asked
         self.tokens = tokens
         self.seed = seed
-        self.experiment = Experiment(references=False)
+        self.timelines: list[Timeline] | None = [] if timelines else None
         self._stores: dict[int, HostStore] = {}
 
     def measure(self, cell: Cell) -> None:
-        """One engine run; the first of a cell keeps its trace and load log."""
+        """One engine run; the first of a cell keeps its trace and timeline."""
         if cell.bits not in self._stores:
             self._stores[cell.bits] = HostStore.build(self.model_dir, models.spec_of(self.model_dir), cell.bits)
         log = io.StringIO()
@@ -93,6 +108,9 @@ class Validation:
             record=cell.options.lookahead,
         ) as engine:
             engine.ledger.log = LoadLog(log)
+            if self.timelines is not None and not cell.runs:
+                engine.timeline = EngineTimeline(f"measured: {cell.name}")
+                cell.timeline = engine.timeline.timeline
             for number, prompt in enumerate(self.asked):
                 ids = engine.tokenizer.encode(prompt.text)
                 for _ in engine.generate(
@@ -105,24 +123,29 @@ class Validation:
         setting = Setting(trace, machine, trace.model, cell.bits, cell.slots, cell.options)
         measured = summary(setting, ledger) | {"evidence": "MEASURED", "driver": "engine", "machine": self.profile.name}
         cell.runs.append(measured)
+        cell.logs.append(log.getvalue())
         if cell.trace is None:
-            cell.trace, cell.log = trace, log.getvalue()
+            cell.trace = trace
 
     def compare(self, cell: Cell) -> dict[str, Any]:
         """The cell's JSON object: measured (mean over repeats), simulated, errors, load logs."""
         assert cell.trace is not None
         log = io.StringIO()
-        chosen = dataclasses.replace(cell.options, predictor="router")
-        setting = Setting(cell.trace, paced(self.profile, cell.gb_s), cell.trace.model, cell.bits, cell.slots, chosen)
-        simulated = self.experiment.run(setting, log)
+        timeline = Timeline(f"simulated: {cell.name}") if self.timelines is not None else None
+        machine = paced(self.profile, cell.gb_s)
+        simulated = replayed(cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline)
+        if self.timelines is not None:
+            self.timelines += [t for t in (cell.timeline, timeline) if t is not None]
         measured = average(cell.runs)
         times = [run["tpot_s"] for run in cell.runs]
-        divergence = first_divergence(cell.log, log.getvalue())
+        found = (first_divergence(ours, log.getvalue()) for ours in cell.logs)
+        divergence = next((d for d in found if d is not None), None)
         return {
             "policy": cell.options.text,
             "bits": cell.bits,
             "slots": cell.slots,
             "link_gb_s": cell.gb_s,
+            "options": {"landing_slots": cell.options.landing_slots, "chunk_bytes": cell.options.chunk_bytes},
             "prompts": len(self.asked),
             "regime": simulated["regime"],
             "measured": measured,
@@ -136,73 +159,6 @@ class Validation:
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
-
-
-def average(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of the times over repeats; counts are those of the first (they are the same in all but late and hit)."""
-    result = dict(runs[0])
-    for key, value in runs[0].items():
-        if isinstance(value, float) and all(isinstance(run[key], float) for run in runs):
-            result[key] = math.fsum(run[key] for run in runs) / len(runs)
-    if result["tpot_s"]:
-        result["tokens_per_s"] = 1 / result["tpot_s"]
-    return result
-
-
-def first_divergence(measured: str, simulated: str) -> dict[str, Any] | None:
-    """The first line in which two load logs differ; None when they are equal."""
-    pairs = itertools.zip_longest(measured.splitlines(), simulated.splitlines())
-    for number, (ours, theirs) in enumerate(pairs):
-        if ours != theirs:
-            return {
-                "line": number,
-                "engine": json.loads(ours) if ours else None,
-                "simulator": json.loads(theirs) if theirs else None,
-            }
-    return None
-
-
-def kendall_tau_b(x: Sequence[float], y: Sequence[float], ties: Sequence[float]) -> float | None:
-    """Rank agreement of two orders; differences in ``x`` within ``ties`` (relative, per item) count as ties.
-
-    None when either order is all ties. Source: Kendall 1945.
-    """
-    agree = ties_x = ties_y = pairs = 0
-    for i, j in itertools.combinations(range(len(x)), 2):
-        pairs += 1
-        tie = abs(x[i] - x[j]) <= max(ties[i], ties[j]) * max(x[i], x[j])
-        dx = 0 if tie else (x[i] > x[j]) - (x[i] < x[j])
-        dy = 0 if tie else (y[i] > y[j]) - (y[i] < y[j])
-        ties_x += dx == 0
-        ties_y += dy == 0
-        agree += dx * dy
-    scale = math.sqrt((pairs - ties_x) * (pairs - ties_y))
-    return agree / scale if scale else None
-
-
-def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors over all cells, and whether the simulator orders the policies of each setting as the engine does."""
-    errors = sorted(abs(c["tpot_error"]) for c in cells)
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["bits"], cell["slots"], cell["link_gb_s"]), []).append(cell)
-    taus, regrets = [], []
-    for group in groups.values():
-        measured = [c["measured"]["tpot_s"] for c in group]
-        simulated = [c["simulated"]["tpot_s"] for c in group]
-        tau = kendall_tau_b(measured, simulated, [c["repeat_spread"] for c in group])
-        if tau is not None:
-            taus.append(tau)
-        if len(group) > 1:
-            regrets.append(measured[simulated.index(min(simulated))] / min(measured) - 1)
-    middle = len(errors) // 2
-    median = errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
-    return {
-        "median_abs_tpot_error": median,
-        "max_abs_tpot_error": errors[-1],
-        "kendall_tau": sum(taus) / len(taus) if taus else None,
-        "regret": max(regrets) if regrets else None,
-    }
 
 
 def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile) -> None:
@@ -241,19 +197,6 @@ def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: H
     print()
 
 
-def recheck(path: Path) -> dict[str, Any]:
-    """Compare a stored validation's logs and verdict without an engine: its verdict is recomputed from its cells.
-
-    Raises:
-        ValueError: not a validation file.
-    """
-    try:
-        document = json.loads(path.read_text())
-        return document | judge(document["cells"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--recheck {path.name}: {error}; name a file written by --out") from None
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m runtime.validate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
@@ -269,7 +212,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=48, help="new tokens after each prompt (default %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="engine runs of each cell (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
-    p.add_argument("--out", type=Path, metavar="FILE", help="write the whole result as JSON")
+    p.add_argument("--timeline", metavar="FILE.json.gz", help="write both sides' timelines for Perfetto")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the whole result as JSON, and each cell's trace beside it"
+    )
+    p.add_argument(
+        "--recheck",
+        type=Path,
+        metavar="FILE",
+        help="only replay what --out wrote: its simulated figures must come again",
+    )
     p.add_argument("--choice", metavar="FILE", help="take policy, bits, slots, chunk_bytes from a choice file")
     return p
 
@@ -303,6 +255,8 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and simulate everything asked for; prints the table and returns the JSON document."""
+    provenance.check_folder("--out", args.out)
+    provenance.check_folder("--timeline", args.timeline and Path(args.timeline))
     cells = cells_of(args)
     widths = sorted({cell.bits for cell in cells})
     asked = prompts.read(args.prompts) if args.prompts else list(prompts.BUILT_IN)
@@ -314,8 +268,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("calibrating (name a profile with --profile to skip this) ...", file=sys.stderr)
         profile = calibrate.calibrate(args.model, widths)
-    work = Validation(args.model, profile, asked, args.tokens, args.seed)
+    work = Validation(args.model, profile, asked, args.tokens, args.seed, bool(args.timeline))
     try:
+        work.measure(dataclasses.replace(cells[0], runs=[], logs=[]))  # a warm-up that nobody keeps
         for _, cell in tqdm(
             list(itertools.product(range(args.repeats), cells)), "engine runs", file=sys.stderr, unit="run"
         ):
@@ -323,6 +278,17 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         compared = [work.compare(cell) for cell in cells]
     finally:
         work.close()
+    if work.timelines is not None:
+        with written(args.timeline) as file:
+            assert file is not None
+            file.write(merged(work.timelines))
+    if args.out:
+        for number, (cell, result) in enumerate(zip(cells, compared, strict=True)):
+            assert cell.trace is not None
+            beside = args.out.with_name(f"{args.out.stem}.cell{number}.safetensors")
+            made = {"command": provenance.command(), "commit": provenance.commit(), "policy": cell.options.text}
+            traces.save(replace(cell.trace, provenance=cell.trace.provenance | made), beside)
+            result["trace"] = beside.name
     verdict = judge(compared)
     print_table(compared, verdict, profile)
     return {
@@ -332,21 +298,33 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         "profile": profile.to_json(),
         "tokens": args.tokens,
         "repeats": args.repeats,
-        "decisions": sum(cell.log.count("\n") for cell in cells),
+        "decisions": sum(cell.logs[0].count("\n") for cell in cells),
         "command": provenance.command(),
         "commit": provenance.commit(),
         "machine": provenance.machine(),
     }
 
 
+def print_recheck(path: Path) -> int:
+    """Replay a stored validation and say what differs; 0 when nothing does."""
+    result = recheck(path)
+    for one in result["differences"]:
+        print(f"cell {one['cell']}, {one['key']}: stored {one['stored']}, now {one['now']}")
+    print(f"{path.name}: {result['cells']} cells replayed, {len(result['differences'])} figures differ")
+    print(json.dumps(result))
+    return 1 if result["differences"] else 0
+
+
 def main() -> int:
-    """0 when every load log is equal, 1 when one differs, 2 on bad input."""
+    """0 when every load log is equal (and --recheck finds every figure again), 1 when one differs, 2 on bad input."""
     args = parser().parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     try:
+        if args.recheck:
+            return print_recheck(args.recheck)
         document = validate(args)
-    except (ValueError, OSError, SpecError, StoreError) as error:
+    except (ValueError, OSError, CopierError) as error:
         print(f"runtime.validate: {error}", file=sys.stderr)
         return 2
     if args.out:

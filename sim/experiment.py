@@ -228,7 +228,7 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
         "vram_bytes": setting.model.dense_bytes + planner_slots * timing.expert_bytes + kv,
         "host_bytes": setting.model.num_layers * setting.model.num_experts * timing.expert_bytes,
         "regime": regime(decode),
-        "evidence": "SIMULATED" if measured and setting.machine.evidence == "MEASURED" else "ESTIMATED",
+        "evidence": "SIMULATED" if measured and setting.machine.evidence.startswith("MEASURED") else "ESTIMATED",
         "routing": trace.routing,
         "driver": "simpy",
         "load_log_sha256": ledger.log.sha256,

@@ -63,7 +63,7 @@ class HardwareProfile:
         layer_fixed_s, expert_fixed_s, head_fixed_s: launches of one layer's dense part, one expert, the head.
         sync_s: bringing the routing to the host, once per layer.
         host_s: planning one visit.
-        wake_s: from the end of a plan until its first copy can start.
+        wake_s: waking the copier after a plan, and the waiting engine after an arrival; charged once a plan.
         evidence: ``ESTIMATED`` (published figures) or ``MEASURED``.
         operators: measured laws by model name; they replace the roofline for that model.
         sources: where each value comes from, by dotted field name.

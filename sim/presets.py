@@ -15,7 +15,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "mixtral_offloading": Preset(
         "on_demand:cache=lru,write_back=1,copy_stream=0,chunk_bytes=0",
-        "Mixtral-offloading as released (dvmazur/mixtral-offloading @ ce545188): per-layer LRU, every victim copied "
+        "as released (dvmazur/mixtral-offloading @ ce545188): per-layer LRU, every victim copied "
         "back to the host, both copies on the compute stream, no speculative loading",
     ),
 }

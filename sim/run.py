@@ -236,6 +236,10 @@ def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
             f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / 1e9:9.3f} {r['link_busy'] * 100:8.0f}% "
             f"{r['vram_bytes'] / 1e9:8.2f}  {r['regime']}"
         )
+    for r in results:
+        preset = PRESETS.get(r["policy"].partition(":")[0])
+        if preset:
+            print(f"{r['policy'].partition(':')[0]}: {preset.source}")
     print(f"all figures per decode token, {results[0]['evidence']} (simulated on the profile above)\n")
     first = results[0]
     bounds = first["bounds"]

@@ -124,6 +124,30 @@ def test_load_log_equals_the_simulators(model_dir, store, policy, slots) -> None
             theirs.prefetch_used,
             theirs.retracted,
         )
+        if "copy_stream=0" in policy:
+            assert (mine.late, mine.hits) == (0, theirs.hits)
+
+
+def test_serial_copies_are_stalls_not_latency(model_dir, store) -> None:
+    """Without a copy stream every copy stands in ``stall_miss``, and every prefetch that is used is a hit."""
+    *_, ledger = generate(model_dir, store, "mixtral_offloading", 2)
+    decode = ledger.phases[1]
+    assert decode.stall_miss_ns >= decode.demand_loads * store.expert_bytes / 0.05
+    assert decode.latency_ns < decode.stall_miss_ns
+
+
+@pytest.mark.parametrize("policy", ["on_demand", "speculative", "mixtral_offloading"])
+def test_every_nanosecond_is_accounted_for(model_dir, store, policy) -> None:
+    """Compute, planning and stalls fill the passes without a gap."""
+    *_, ledger = generate(model_dir, store, policy, 3)
+    for counts in ledger.phases:
+        parts = counts.compute_ns + counts.latency_ns + counts.stall_miss_ns + counts.stall_late_ns
+        assert parts == counts.elapsed_ns
+
+
+def test_a_foreign_predictor_is_refused(model_dir, store) -> None:
+    with pytest.raises(SpecError, match="predictor 'mine' does not run on the engine"):
+        Engine(model_dir, bits=4, slots=2, options=options("speculative:predictor=mine"), machine=MACHINE, store=store)
 
 
 def test_the_future_is_refused(model_dir, store) -> None:

@@ -53,6 +53,22 @@ def test_command_runs_and_ends_in_one_json_document(line: str, tmp_path: Path) -
     assert isinstance(json.loads(result.stdout.splitlines()[-1]), dict)
 
 
+def test_output_shown_is_the_true_output() -> None:
+    """The text block under the first command is what it prints before its JSON line."""
+    shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, "-m", "sim.run", "--policy", "speculative"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    printed = result.stdout.rstrip().splitlines()
+    assert shown is not None
+    assert shown.group(1).strip().splitlines() == "\n".join(printed[:-1]).strip().splitlines()
+
+
 def test_files_the_readme_names_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path

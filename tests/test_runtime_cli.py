@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs the runtime extra")
 transformers = pytest.importorskip("transformers", reason="needs the runtime extra")
 
 import traces  # noqa: E402 (after the check above)
-from runtime import calibrate, record, train, validate  # noqa: E402
+from runtime import calibrate, record, train, validate, verdict  # noqa: E402
 from runtime.prompts import BUILT_IN, read  # noqa: E402
 from sim.machine import load_machine  # noqa: E402
 
@@ -74,7 +77,9 @@ def test_calibrate_then_validate(trained: Path, tmp_path: Path, monkeypatch, cap
     assert call(monkeypatch, calibrate, "--model", trained, "--tokens", 8, "--out", profile) == 0
     assert load_machine(str(profile)).operators["tiny"].gates
     capsys.readouterr()
+    drawn = tmp_path / "drawn.json.gz"
     flags = ["--tokens", "6", "--repeats", "2", "--slots", "2", "--slots", "3", "--link-gb-s", "0.2"]
+    flags += ["--timeline", str(drawn)]
     policies = ["--policy", "on_demand", "--policy", "speculative", "--policy", "mixtral_offloading"]
     code = call(monkeypatch, validate, "--model", trained, "--profile", profile, *flags, *policies, "--out", result)
     lines = capsys.readouterr().out.splitlines()
@@ -89,6 +94,37 @@ def test_calibrate_then_validate(trained: Path, tmp_path: Path, monkeypatch, cap
         assert cell["measured"]["misses"] == cell["simulated"]["misses"]
         assert set(cell["simulated"]) - {"bounds"} == set(cell["measured"])
     assert {"median_abs_tpot_error", "max_abs_tpot_error", "kendall_tau", "regret", "device"} <= set(document)
+    check_timelines(json.loads(gzip.decompress(drawn.read_bytes()))["traceEvents"])
+    check_recheck(result, tmp_path / "copy", monkeypatch, capsys)
+
+
+def check_timelines(events: list[dict]) -> None:
+    """Measured and simulated in turn, six cells; slices of the computing thread never overlap."""
+    names = [e["args"]["name"].partition(":")[0] for e in events if e["name"] == "process_name"]
+    assert names == ["measured", "simulated"] * 6
+    for pid in range(1, 13):
+        mine = [e for e in events if e["pid"] == pid]
+        tracks = {e["args"]["name"]: e["tid"] for e in mine if e["name"] == "thread_name"}
+        assert {"compute", "link H2D"} <= set(tracks)
+        slices = sorted((e["ts"], e["dur"]) for e in mine if e["ph"] == "X" and e["tid"] == tracks["compute"])
+        assert all(a + length <= b + 0.002 for (a, length), (b, _) in itertools.pairwise(slices))
+
+
+def check_recheck(result: Path, folder: Path, monkeypatch, capsys) -> None:
+    """The stored figures come again exactly; a changed one, or a missing trace, is found."""
+    assert call(monkeypatch, validate, "--recheck", result) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["differences"] == []
+    folder.mkdir()
+    for file in result.parent.glob("validation*"):
+        shutil.copy(file, folder)
+    document = json.loads(result.read_text())
+    document["cells"][1]["simulated"]["stall_s"] += 1e-9
+    (folder / result.name).write_text(json.dumps(document))
+    assert call(monkeypatch, validate, "--recheck", folder / result.name) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["differences"]
+    assert [(d["cell"], d["key"]) for d in found] == [(1, "simulated.stall_s")]
+    (folder / "validation.cell0.safetensors").unlink()
+    assert call(monkeypatch, validate, "--recheck", folder / result.name) == 2
 
 
 @pytest.mark.parametrize(
@@ -100,6 +136,10 @@ def test_calibrate_then_validate(trained: Path, tmp_path: Path, monkeypatch, cap
         (validate, ["--link-gb-s", "0"], "link-gb-s"),
         (calibrate, ["--model", "nowhere", "--out", "x"], "config.json"),
         (calibrate, ["--tokens", "1", "--out", "x"], "at least 8"),
+        (calibrate, ["--out", "missing/x.json"], "does not exist"),
+        (record, ["--out", "missing/x"], "does not exist"),
+        (validate, ["--out", "missing/x.json"], "does not exist"),
+        (validate, ["--recheck", "missing.json"], "written by --out"),
         (train, ["--corpus", "missing.txt", "--out", "x"], "not found"),
     ],
 )
@@ -122,10 +162,10 @@ def test_prompt_files(tmp_path: Path) -> None:
 
 def test_rank_agreement() -> None:
     """tau-b by hand: order kept, reversed, and with a tie inside the spread."""
-    assert validate.kendall_tau_b([1, 2, 3], [2, 4, 9], [0, 0, 0]) == pytest.approx(1)
-    assert validate.kendall_tau_b([1, 2, 3], [9, 4, 2], [0, 0, 0]) == pytest.approx(-1)
-    assert validate.kendall_tau_b([1, 1.01, 3], [2, 1, 9], [0.05, 0.05, 0.05]) == pytest.approx(2 / (2 * 3) ** 0.5)
-    assert validate.kendall_tau_b([1, 1], [1, 2], [0, 0]) is None
+    assert verdict.kendall_tau_b([1, 2, 3], [2, 4, 9], [0, 0, 0]) == pytest.approx(1)
+    assert verdict.kendall_tau_b([1, 2, 3], [9, 4, 2], [0, 0, 0]) == pytest.approx(-1)
+    assert verdict.kendall_tau_b([1, 1.01, 3], [2, 1, 9], [0.05, 0.05, 0.05]) == pytest.approx(2 / (2 * 3) ** 0.5)
+    assert verdict.kendall_tau_b([1, 1], [1, 2], [0, 0]) is None
 
 
 def test_laws_are_found_again() -> None:

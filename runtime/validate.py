@@ -270,7 +270,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         profile = calibrate.calibrate(args.model, widths)
     work = Validation(args.model, profile, asked, args.tokens, args.seed, bool(args.timeline))
     try:
-        work.measure(dataclasses.replace(cells[0], runs=[], logs=[]))  # a warm-up that nobody keeps
+        work.measure(replace(cells[0], runs=[], logs=[]))  # a warm-up that nobody keeps
         for _, cell in tqdm(
             list(itertools.product(range(args.repeats), cells)), "engine runs", file=sys.stderr, unit="run"
         ):

@@ -29,7 +29,7 @@ SOURCES = {
     "peps_publicdomain": Source(
         "Python Enhancement Proposals (python/peps)",
         "public domain / CC0-1.0",
-        "PEP: 812\nTitle: Lazy views of mappings\nAuthor:",
+        "Abstract\n========\n\nThis PEP proposes a new",
     ),
     "classic_books_en": Source(
         "20 English books (mlschmitt/classic-books-markdown)",

@@ -123,9 +123,14 @@ def test_without_baselines_and_several_policies(files: Path) -> None:
     alone = document(run(files, "--policy", "on_demand", "--no-baselines"))
     complete(alone)
     assert "baselines" not in alone
-    several = document(run(files, "--policy", "on_demand", "--policy", "speculative:lookahead=1,cache=belady,landing_slots=0"))
+    several = document(
+        run(files, "--policy", "on_demand", "--policy", "speculative:lookahead=1,cache=belady,landing_slots=0")
+    )
     assert list(several) == ["runs"]
-    assert [r["policy"] for r in several["runs"]] == ["on_demand", "speculative:lookahead=1,cache=belady,landing_slots=0"]
+    assert [r["policy"] for r in several["runs"]] == [
+        "on_demand",
+        "speculative:lookahead=1,cache=belady,landing_slots=0",
+    ]
     for found in several["runs"]:
         complete(found)
     assert several["runs"][0] == alone

@@ -287,8 +287,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m runtime.calibrate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
-    p.add_argument("--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, help="pace of the link (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=48, help="decode tokens of each run (default %(default)s)")
+    p.add_argument(
+        "--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, metavar="X", help="pace of the link (default %(default)s)"
+    )
+    p.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="decode tokens of each run (default %(default)s)"
+    )
     p.add_argument("--name", default="cpu", help="name of the profile (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, a .json file")
     return p

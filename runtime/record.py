@@ -86,13 +86,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or JSON lines (default: built in)")
     p.add_argument("--corpus", type=Path, nargs="+", metavar="FILE", help="cut prompts from the held-out part of these")
-    p.add_argument("--sequences", type=int, default=33, help="prompts cut from --corpus (default %(default)s)")
-    p.add_argument("--prompt-bytes", type=int, default=96, help="length of these prompts (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=256, help="decode tokens after each prompt (default %(default)s)")
+    p.add_argument(
+        "--sequences", type=int, default=33, metavar="N", help="prompts cut from --corpus (default %(default)s)"
+    )
+    p.add_argument(
+        "--prompt-bytes", type=int, default=96, metavar="N", help="length of these prompts (default %(default)s)"
+    )
+    p.add_argument(
+        "--tokens", type=int, default=256, metavar="N", help="decode tokens after each prompt (default %(default)s)"
+    )
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), default=4, help="of the experts (default %(default)s)")
-    p.add_argument("--lookahead", type=int, default=4, help="distances of the guesses (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    p.add_argument(
+        "--lookahead", type=int, default=4, metavar="N", help="distances of the guesses (default %(default)s)"
+    )
+    p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     p.add_argument("--no-logits", action="store_true", help="leave the router logits out")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace")
     return p
@@ -107,6 +115,8 @@ def main() -> int:
         for name, least in (("sequences", 1), ("prompt_bytes", 8), ("tokens", 1), ("lookahead", 0)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+        if not 0 <= args.temperature < float("inf"):
+            raise ValueError(f"--temperature is {args.temperature}; it must be a number, 0 or larger")
         if args.corpus:
             asked = prompts.held_out(corpus.load(args.corpus), args.sequences, args.prompt_bytes)
         else:

@@ -191,8 +191,8 @@ def save_model(model: torch.nn.Module, tokenizer: Tokenizer, out: Path) -> None:
 
 def train(args: argparse.Namespace) -> dict:
     work = args.out / "training"
-    work.mkdir(parents=True, exist_ok=True)
     domains = corpus.load(args.corpus)
+    work.mkdir(parents=True, exist_ok=True)
     tokenizer_file = work / "tokenizer.json"
     if not tokenizer_file.exists():
         train_tokenizer(domains, args.vocab).save(str(tokenizer_file), pretty=False)
@@ -246,22 +246,35 @@ def train(args: argparse.Namespace) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m runtime.train", description=__doc__.splitlines()[0])
-    p.add_argument("--corpus", type=Path, nargs="*", default=[], help="text files (default: Python's standard library)")
-    p.add_argument("--out", type=Path, required=True, help="model directory; its training/ holds the checkpoint")
-    p.add_argument("--tokens", type=float, default=16e6, help="training tokens in total (default %(default).0f)")
-    p.add_argument("--layers", type=int, default=12)
-    p.add_argument("--hidden", type=int, default=192)
-    p.add_argument("--ffn", type=int, default=256)
-    p.add_argument("--experts", type=int, default=8)
-    p.add_argument("--top-k", type=int, default=2)
-    p.add_argument("--vocab", type=int, default=2048)
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--length", type=int, default=256, help="tokens in one training window")
-    p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--balance", type=float, default=0.02, help="weight of the per-layer balance loss")
-    p.add_argument("--evaluate-every", type=int, default=250, help="steps between held-out evaluations")
-    p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--corpus",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="text files (default: Python's standard library)",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="model directory; its training/ holds the checkpoint"
+    )
+    p.add_argument(
+        "--tokens", type=float, default=16e6, metavar="N", help="training tokens in total (default %(default).0f)"
+    )
+    p.add_argument("--layers", type=int, default=12, metavar="N", help="default %(default)s")
+    p.add_argument("--hidden", type=int, default=192, metavar="N", help="hidden size (default %(default)s)")
+    p.add_argument("--ffn", type=int, default=256, metavar="N", help="inner size of an expert (default %(default)s)")
+    p.add_argument("--experts", type=int, default=8, metavar="N", help="per layer (default %(default)s)")
+    p.add_argument("--top-k", type=int, default=2, metavar="N", help="experts per token (default %(default)s)")
+    p.add_argument("--vocab", type=int, default=2048, metavar="N", help="tokenizer entries (default %(default)s)")
+    p.add_argument("--batch", type=int, default=16, metavar="N", help="windows per step (default %(default)s)")
+    p.add_argument("--length", type=int, default=256, metavar="N", help="tokens in one window (default %(default)s)")
+    p.add_argument("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate (default %(default)s)")
+    p.add_argument(
+        "--balance", type=float, default=0.02, metavar="X", help="weight of the balance loss (default %(default)s)"
+    )
+    p.add_argument("--evaluate-every", type=int, default=250, metavar="N", help="steps (default %(default)s)")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="default %(default)s")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     return p
 
 
@@ -270,8 +283,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     try:
         result = train(args)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"runtime.train: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result))
     return 0

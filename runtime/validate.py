@@ -136,7 +136,7 @@ class Validation:
         simulated = replayed(cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline)
         if self.timelines is not None:
             self.timelines += [t for t in (cell.timeline, timeline) if t is not None]
-        measured = average(cell.runs)
+        measured = average(cell.runs) | {"bounds": simulated["bounds"]}
         times = [run["tpot_s"] for run in cell.runs]
         found = (first_divergence(ours, log.getvalue()) for ours in cell.logs)
         divergence = next((d for d in found if d is not None), None)
@@ -161,13 +161,13 @@ class Validation:
             store.close()
 
 
-def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile) -> None:
+def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile, repeats: int) -> None:
     """Measured beside simulated, one line a cell."""
     name = max(12, *(len(c["policy"]) for c in cells))
     print(f"machine {profile.name} ({profile.evidence}); per decode token; measured | simulated\n")
     print(
         f"{'policy':{name}} {'bits':>4} {'slots':>5} {'GB/s':>5} {'TPOT ms':>15} {'error':>7} {'spread':>7} "
-        f"{'stall ms':>15} {'hit %':>11} {'late %':>11} {'miss %':>11} {'floor ms':>8} {'logs':>6}"
+        f"{'stall ms':>15} {'hit %':>11} {'late %':>11} {'miss %':>11} {'floor ms':>8} {'logs':>6}  regime"
     )
     for c in cells:
         m, s = c["measured"], c["simulated"]
@@ -177,11 +177,12 @@ def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: H
 
         share = 100 / max(1, m["accesses"])
         floor = s["bounds"]["joint_floor_s"] * 1e3
+        spread = f"{c['repeat_spread'] * 100:.1f}%" if repeats > 1 else "-"
         print(
             f"{c['policy']:{name}} {c['bits']:4} {c['slots']:5} {c['link_gb_s']:5g} {both('tpot_s', 1e3, '7.2f')} "
-            f"{c['tpot_error'] * 100:+6.1f}% {c['repeat_spread'] * 100:6.1f}% {both('stall_s', 1e3, '7.2f')} "
+            f"{c['tpot_error'] * 100:+6.1f}% {spread:>7} {both('stall_s', 1e3, '7.2f')} "
             f"{both('hits', share, '5.1f')} {both('late', share, '5.1f')} {both('misses', share, '5.1f')} {floor:8.2f} "
-            f"{'equal' if c['load_log_equal'] else 'DIFFER':>6}"
+            f"{'equal' if c['load_log_equal'] else 'DIFFER':>6}  {c['regime']}"
         )
     print(
         f"\nTPOT error: median {verdict['median_abs_tpot_error']:.1%}, worst {verdict['max_abs_tpot_error']:.1%} "
@@ -203,15 +204,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu",), default="cpu", help="where experts are computed (default %(default)s)")
     p.add_argument("--profile", metavar="NAME|FILE", help="measured profile (default: calibrates first)")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
-    p.add_argument("--slots", type=int, action="append", help="per layer, repeatable (default: half of the experts)")
+    p.add_argument(
+        "--slots", type=int, action="append", metavar="N", help="per layer, repeatable (default: half of the experts)"
+    )
     p.add_argument(
         "--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(DEFAULT_POLICIES)})"
     )
-    p.add_argument("--link-gb-s", type=float, action="append", help="pace of the link, repeatable (default 0.05)")
+    p.add_argument(
+        "--link-gb-s", type=float, action="append", metavar="X", help="pace of the link, repeatable (default 0.05)"
+    )
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines (default: built in)")
-    p.add_argument("--tokens", type=int, default=48, help="new tokens after each prompt (default %(default)s)")
-    p.add_argument("--repeats", type=int, default=3, help="engine runs of each cell (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    p.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="new tokens after each prompt (default %(default)s)"
+    )
+    p.add_argument("--repeats", type=int, default=3, metavar="N", help="engine runs of each cell (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default %(default)s)")
     p.add_argument("--timeline", metavar="FILE.json.gz", help="write both sides' timelines for Perfetto")
     p.add_argument(
         "--out", type=Path, metavar="FILE", help="write the whole result as JSON, and each cell's trace beside it"
@@ -265,6 +272,11 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             raise SpecError(f"--{name} is {value}; it must be at least {least}")
     if args.profile:
         profile = load_machine(args.profile)
+        name = models.spec_of(args.model).name
+        if name not in profile.operators:
+            raise SpecError(
+                f"--profile {args.profile} holds no measurements of {name}; make one with python -m runtime.calibrate"
+            )
     else:
         print("calibrating (name a profile with --profile to skip this) ...", file=sys.stderr)
         profile = calibrate.calibrate(args.model, widths)
@@ -290,7 +302,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             traces.save(replace(cell.trace, provenance=cell.trace.provenance | made), beside)
             result["trace"] = beside.name
     verdict = judge(compared)
-    print_table(compared, verdict, profile)
+    print_table(compared, verdict, profile, args.repeats)
     return {
         "device": args.device,
         "cells": compared,

@@ -197,6 +197,32 @@ def _key(setting: Setting) -> tuple[Any, ...]:
     return (*plugins, *rest, run.chunk_bytes, run.max_submitted, setting.slots, setting.bits, setting.cold_sequences)
 
 
+def context_tokens(setting: Setting) -> int:
+    """Tokens the KV cache is counted for."""
+    return int(setting.trace.sequence_lengths.max(initial=0)) if setting.context is None else setting.context
+
+
+def memory(setting: Setting) -> tuple[int, int]:
+    """Bytes on the device (dense weights, slots, KV cache) and on the host (every expert)."""
+    model, run = setting.model, setting.options
+    expert_bytes = model.expert_bytes(setting.bits)
+    slots = sum(layer_sizes(model, run, setting.slots)) + run.stream_slots
+    slots += run.landing_slots if run.prefetches else 0
+    kv_bytes = model.kv_bytes * model.num_layers * context_tokens(setting)
+    return model.dense_bytes + slots * expert_bytes + kv_bytes, model.num_layers * model.num_experts * expert_bytes
+
+
+def at_full_depth(setting: Setting) -> Setting:
+    """The setting with all layers of its model, for sizes only; itself where nothing was cut off."""
+    model = setting.model
+    if not model.full_layers:
+        return setting
+    cut = model.full_layers - model.num_layers
+    dense_bytes = model.dense_bytes + cut * (model.attention_bytes + model.shared_bytes)
+    whole = replace(model, num_layers=model.full_layers, full_layers=0, dense_bytes=dense_bytes)
+    return replace(setting, model=whole)
+
+
 def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
     """All figures of a run but its bounds, as JSON values; times in seconds per decode token unless named otherwise."""
     trace, run = setting.trace, setting.options
@@ -205,10 +231,7 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
     timed = [ns for ns, counts in zip(ledger.decode_ns, ledger.timed, strict=True) if counts]
     tpot_s = sum(timed) / len(timed) / 1e9 if timed else None
     measured = timing.measured
-    planner_slots = sum(layer_sizes(setting.model, run, setting.slots)) + run.stream_slots
-    planner_slots += run.landing_slots if run.prefetches else 0
-    context = int(trace.sequence_lengths.max(initial=0)) if setting.context is None else setting.context
-    kv = setting.model.kv_bytes * setting.model.num_layers * context
+    vram_bytes, host_bytes = memory(setting)
     return {
         "policy": run.text,
         "cache": run.cache.text(),
@@ -225,8 +248,8 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
         "itl_p50_s": float(np.percentile(timed, 50)) / 1e9 if timed else None,
         "itl_p99_s": float(np.percentile(timed, 99)) / 1e9 if timed else None,
         "tokens_per_s": 1 / tpot_s if tpot_s else None,
-        "vram_bytes": setting.model.dense_bytes + planner_slots * timing.expert_bytes + kv,
-        "host_bytes": setting.model.num_layers * setting.model.num_experts * timing.expert_bytes,
+        "vram_bytes": vram_bytes,
+        "host_bytes": host_bytes,
         "regime": regime(decode),
         "evidence": "SIMULATED" if measured and setting.machine.evidence.startswith("MEASURED") else "ESTIMATED",
         "routing": trace.routing,

@@ -131,6 +131,8 @@ def machine_from(values: dict[str, Any], evidence: str, sources: dict[str, str])
     """Build a profile from a profile file's parts."""
     known = {f.name for f in dataclasses.fields(HardwareProfile)} - {"evidence", "sources"}
     try:
+        if not isinstance(values["name"], str):
+            raise SpecError(f"machine.name is {values['name']!r}; it must be a string")
         unknown = set(values) - known
         if unknown:
             raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")

@@ -14,16 +14,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import traces
 from sim import machine as machines
 from sim import registry
-from sim.experiment import BOUNDS, Experiment, Setting, fit
+from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_tokens, fit, memory
 from sim.ledger import Timeline
 from sim.presets import PRESETS
-from sim.spec import Options, SpecError, comparable
+from sim.spec import Options, SpecError, comparable, parse
 from sim.timing import Timing
 from traces import ModelSpec, TraceError
 from traces.format import shipped
@@ -53,10 +54,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME|FILE", help=f"default {DEFAULT_MODEL}; with --trace, the trace's own")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="width of the routed experts (default 4)")
     p.add_argument("--slots", type=int, metavar="N", help="cache slots per layer (default: half of the experts)")
-    p.add_argument("--policy", action="append", metavar="SPEC", help="repeatable (default speculative)")
+    p.add_argument(
+        "--policy", action="append", metavar="SPEC", help="name or name:key=value,...; repeatable (default speculative)"
+    )
     p.add_argument("--no-baselines", action="store_true", help=f"leave out {' and '.join(BASELINES)}")
-    p.add_argument("--cache", default="lru", metavar="SPEC", help="for policies that name none (default %(default)s)")
-    p.add_argument("--predictor", default="recorded", metavar="SPEC", help="likewise (default %(default)s)")
+    p.add_argument(
+        "--cache", default="lru", metavar="SPEC", help="eviction, for policies that name none (default %(default)s)"
+    )
+    p.add_argument(
+        "--predictor", default="recorded", metavar="SPEC", help="source of guesses, likewise (default %(default)s)"
+    )
     p.add_argument("--tokens", type=int, metavar="N", help="first N decode tokens only")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of anything random (default %(default)s)")
     p.add_argument("--driver", choices=("simpy", "compiled"), default="simpy", help="default %(default)s")
@@ -64,9 +71,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--load-log", metavar="FILE", help="write every load as a JSON line (one --policy)")
     p.add_argument("--cold-sequences", action="store_true", help="empty the caches where a sequence starts")
     p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field: machine.X, model.X"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field: machine.link.h2d_gb_s=12.4, model.X",
     )
-    p.add_argument("--choice", metavar="FILE", help="take policy, bits, slots, chunk_bytes, context from a choice file")
+    p.add_argument("--choice", metavar="FILE", help=f"JSON file with {', '.join(CHOICE_KEYS)}; flags win")
     return p
 
 
@@ -74,7 +85,7 @@ def read_choice(path: str) -> dict[str, Any]:
     """The known keys of a choice file.
 
     Raises:
-        SpecError: unreadable, or not a JSON object.
+        SpecError: unreadable, not a JSON object, none of the keys, or a value of the wrong kind.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -82,17 +93,23 @@ def read_choice(path: str) -> dict[str, Any]:
         raise SpecError(f"--choice {path}: {error}; it must be a JSON file with {', '.join(CHOICE_KEYS)}") from None
     if not isinstance(content, dict):
         raise SpecError(f"--choice {path} holds no JSON object; it must have {', '.join(CHOICE_KEYS)}")
-    return {k: content[k] for k in CHOICE_KEYS if content.get(k) is not None}
+    found = {k: content[k] for k in CHOICE_KEYS if content.get(k) is not None}
+    if not found:
+        raise SpecError(f"--choice {path} chooses nothing; it must have one or more of {', '.join(CHOICE_KEYS)}")
+    for key, value in found.items():
+        kind = str if key == "policy" else int
+        if type(value) is not kind:
+            needed = "a string" if kind is str else "an integer"
+            raise SpecError(f"--choice {path}: {key} is {value!r}; it must be {needed}")
+    return found
 
 
 def apply_choice(args: argparse.Namespace) -> None:
     """Fill flags that were not given from ``--choice``; an explicit flag wins and is reported."""
     for key, value in (read_choice(args.choice) if args.choice else {}).items():
         if key == "policy" and not args.policy:
-            args.policy = [str(value)]
+            args.policy = [value]
         elif key in ("chunk_bytes", "context") or (key in ("bits", "slots") and getattr(args, key) is None):
-            if type(value) is not int:
-                raise SpecError(f"--choice {args.choice}: {key} is {value!r}; it must be an integer")
             setattr(args, key, value)
         else:
             print(f"--{key} on the command line wins over the choice file's {value}", file=sys.stderr)
@@ -105,6 +122,8 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
         SpecError, TraceError: any input that cannot be used.
     """
     apply_choice(args)
+    for flag, path in (("--load-log", args.load_log), ("--timeline", args.timeline)):
+        check_target(flag, path)
     trace = traces.load(args.trace or shipped())
     if args.tokens is not None:
         if args.tokens < 1:
@@ -127,6 +146,18 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     context = getattr(args, "context", None)
     setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, context)
     return setting, runs
+
+
+def check_target(flag: str, path: str | None) -> None:
+    """Before anything runs: can a file be written there?
+
+    Raises:
+        SpecError: its folder does not exist, or it is a folder itself.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise SpecError(f"{flag} {path}: its folder does not exist; make it first")
+    if path is not None and Path(path).is_dir():
+        raise SpecError(f"{flag} {path} is a folder; name a file")
 
 
 @contextmanager
@@ -158,7 +189,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting, runs = prepare(args)
     if args.driver == "compiled":
         print("this version has no compiled driver; the SimPy driver runs instead", file=sys.stderr)
-    print_setting(setting)
+    for chosen in runs:
+        note_short_guesses(setting, chosen)
+    print_setting(setting, args.set)
     experiment = Experiment()
     results = []
     for number, chosen in enumerate(runs):
@@ -181,6 +214,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"runs": results}
 
 
+def note_short_guesses(setting: Setting, chosen: Options) -> None:
+    """Say it when a policy looks farther ahead than any guess in the trace."""
+    guesses = setting.trace.guesses
+    recorded = chosen.prefetches and parse(chosen.predictor).name in ("recorded", *guesses)
+    reach = max((table.ids.shape[2] for table in guesses.values()), default=0)
+    if recorded and guesses and chosen.lookahead > reach:
+        print(f"{chosen.text}: the trace records guesses for {reach} layers ahead, none farther", file=sys.stderr)
+
+
 def trace_name(args: argparse.Namespace) -> str:
     return Path(args.trace or shipped()).name
 
@@ -192,7 +234,15 @@ def scaled(setting: Setting, result: dict[str, Any]) -> dict[str, Any] | None:
         return None
     head_s = Timing(setting.machine, setting.model, setting.bits, setting.options).head_ns(1) / 1e9
     tpot_s = (result["tpot_s"] - head_s) * full / layers + head_s
-    return {"layers": full, "tpot_s": tpot_s, "tokens_per_s": 1 / tpot_s, "evidence": "ESTIMATED"}
+    vram_bytes, host_bytes = memory(at_full_depth(setting))
+    return {
+        "layers": full,
+        "tpot_s": tpot_s,
+        "tokens_per_s": 1 / tpot_s,
+        "vram_bytes": vram_bytes,
+        "host_bytes": host_bytes,
+        "evidence": "ESTIMATED",
+    }
 
 
 def shape_text(model: ModelSpec) -> str:
@@ -200,8 +250,8 @@ def shape_text(model: ModelSpec) -> str:
     return f"{model.name}, {depth}"
 
 
-def print_setting(setting: Setting) -> None:
-    """What is replayed on what, and how far each part can be trusted."""
+def print_setting(setting: Setting, changes: list[str]) -> None:
+    """What is replayed on what, and how far each part can be trusted; ``changes`` of ``--set``."""
     trace, model, machine = setting.trace, setting.model, setting.machine
     made = trace.provenance.get("model") or trace.model.name
     print(
@@ -216,15 +266,40 @@ def print_setting(setting: Setting) -> None:
         f"machine  {machine.name} ({machine.evidence}): {machine.vram_gb:g} GB, link {link.h2d_gb_s:g} GB/s to the "
         f"device, {copy_ms:.3g} ms for one expert"
     )
+    if changes:
+        print(f"set      {', '.join(changes)}")
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def print_memory(setting: Setting) -> None:
+    """Whether the whole model fits the machine; where it does not, the most slots that do."""
+    whole, machine = at_full_depth(setting), setting.machine
+    vram_bytes, host_bytes = memory(whole)
+    print(
+        f"memory for all {whole.model.num_layers} layers (ESTIMATED): {size_text(vram_bytes)} of {machine.vram_gb:g} "
+        f"GB on the device (KV cache of {context_tokens(whole)} tokens), {size_text(host_bytes)} of "
+        f"{machine.host_gb:g} GB on the host"
+    )
+    if vram_bytes > machine.vram_gb * 1e9:
+        smaller = (s for s in range(whole.slots - 1, whole.model.top_k - 1, -1))
+        most = next((s for s in smaller if memory(replace(whole, slots=s))[0] <= machine.vram_gb * 1e9), None)
+        advice = "no slot count does at this width" if most is None else f"--slots {most} does"
+        print(f"does not fit the device: {advice}")
+    if host_bytes > machine.host_gb * 1e9:
+        print("does not fit the host: take fewer --bits")
 
 
 def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
     """One line per run, best first, then bounds and references."""
     print()
     name = max(24, *(len(r["policy"]) for r in results))
+    unit, unit_bytes = ("GB", 1e9) if results[0]["vram_bytes"] >= 1e9 else ("MB", 1e6)
     head = (
         f"{'policy':{name}} {'tokens/s':>9} {'TPOT ms':>8} {'stall ms':>9} {'miss+late':>15} {'hit %':>6} {'late':>5} "
-        f"{'miss':>5} {'GB/token':>9} {'link busy':>9} {'VRAM GB':>8}  regime"
+        f"{'miss':>5} {unit + '/token':>9} {'link busy':>9} {'VRAM ' + unit:>8}  regime"
     )
     print(head)
     for r in sorted(results, key=lambda r: r["tpot_s"] or 0):
@@ -233,8 +308,8 @@ def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
             f"{r['policy']:{name}} {r['tokens_per_s'] or 0:9.2f} {(r['tpot_s'] or 0) * 1e3:8.2f} "
             f"{r['stall_s'] * 1e3:9.2f} {r['stall_miss_s'] * 1e3:7.2f}+{r['stall_late_s'] * 1e3:<7.2f} "
             f"{r['hits'] * share:6.1f} {r['late'] * share:5.1f} {r['misses'] * share:5.1f} "
-            f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / 1e9:9.3f} {r['link_busy'] * 100:8.0f}% "
-            f"{r['vram_bytes'] / 1e9:8.2f}  {r['regime']}"
+            f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / unit_bytes:9.3f} {r['link_busy'] * 100:8.0f}% "
+            f"{r['vram_bytes'] / unit_bytes:8.2f}  {r['regime']}"
         )
     for r in results:
         preset = PRESETS.get(r["policy"].partition(":")[0])
@@ -261,9 +336,7 @@ def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
     if first["scaled"]:
         line = ", ".join(f"{r['policy']} {r['scaled']['tokens_per_s']:.2f}" for r in results)
         print(f"scaled to all {first['scaled']['layers']} layers (ESTIMATED), tokens/s: {line}")
-    vram, size = setting.machine.vram_gb * 1e9, first["vram_bytes"]
-    if size > vram:
-        print(f"does not fit: {size / 1e9:.2f} GB on the device, {setting.machine.vram_gb:g} GB there")
+    print_memory(setting)
     print()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,9 +116,12 @@ def convert(where: str, value: str, kind: type) -> Any:
     try:
         if kind is bool:
             return bool({"0": 0, "1": 1, "false": 0, "true": 1}[value.lower()])
-        return kind(value)
+        found = kind(value)
+        if kind is float and not math.isfinite(found):
+            raise ValueError
+        return found
     except (ValueError, KeyError):
-        names = {int: "an integer", float: "a number", bool: "0 or 1"}
+        names = {int: "an integer", float: "a finite number", bool: "0 or 1"}
         raise SpecError(f"{where} is {value!r}; it must be {names.get(kind, kind.__name__)}") from None
 
 
@@ -171,7 +175,11 @@ class Options:
     @property
     def lookahead(self) -> int:
         """Layers ahead the policy looks; 0 when it does not."""
-        return int(self.policy.params.lookahead) if self.prefetches else 0
+        if not self.prefetches:
+            return 0
+        if not hasattr(self.policy.params, "lookahead"):
+            raise SpecError(f"policy {self.policy.name} has a function worth; its Params must have lookahead")
+        return int(self.policy.params.lookahead)
 
     def needs_future(self) -> list[str]:
         """Names of plug-ins in use that know future routing."""

@@ -14,6 +14,7 @@ import pytest
 from conftest import random_trace, round_machine
 
 import traces
+from traces.format import shipped
 
 ROOT = Path(__file__).parent.parent
 KEYS = [
@@ -189,6 +190,27 @@ def test_a_named_machine_estimates_a_model_nobody_measured(files: Path, machine:
     assert (found["machine"], found["bits"], found["evidence"]) == (machine, 3, "ESTIMATED")
 
 
+def test_memory_is_that_of_the_whole_model() -> None:
+    """Mixtral at 4 bits with 4 slots does not fit 12 GB, although 12 of its layers do; the slots that fit are named."""
+    flags = ("--trace", str(shipped()), "--model", "mixtral-8x7b", "--tokens", "5", "--no-baselines")
+    done = run(ROOT, *flags, "--machine", "rtx3060-12gb")
+    found = document(done)
+    assert found["vram_bytes"] < 12e9 < found["scaled"]["vram_bytes"]
+    assert found["scaled"]["host_bytes"] == 32 * 8 * found["expert_bytes"]
+    assert "does not fit the device: --slots 2 does" in done.stdout
+    fits = run(ROOT, *flags, "--machine", "rtx3060-12gb", "--slots", "2")
+    assert document(fits)["scaled"]["vram_bytes"] < 12e9
+    assert "does not fit" not in fits.stdout
+
+
+def test_what_was_set_and_what_no_guess_covers_is_said(files: Path) -> None:
+    assert "set      machine.link.h2d_gb_s=10" in run(files, "--set", "machine.link.h2d_gb_s=10").stdout
+    trace = random_trace(2, sequences=2, length=8, prefill=2)
+    reach = max(table.ids.shape[2] for table in trace.guesses.values())
+    done = run(files, "--policy", f"speculative:lookahead={reach + 1}", "--no-baselines")
+    assert f"records guesses for {reach} layers ahead" in done.stderr
+
+
 MISTAKES = {
     "policy": (("--policy", "nonsense"), "policy 'nonsense' is unknown"),
     "policy key": (("--policy", "speculative:depth=2"), "no parameter 'depth'"),
@@ -211,6 +233,9 @@ MISTAKES = {
     "set of a width": (("--set", "model.hidden_size=100"), "group size 64 does not divide"),
     "no bandwidth": (("--machine", "rtx3090", "--set", "machine.memory_efficiency=0"), "above 0"),
     "choice": (("--choice", "nowhere.json"), "nowhere.json"),
+    "a number that is none": (("--policy", "speculative:min_score=nan"), "a finite number"),
+    "set of the name": (("--set", "machine.name=3"), "must be a string"),
+    "file is a folder": (("--timeline", "tests"), "is a folder"),
     "folder": (("--timeline", "no/such/folder/t.json.gz"), "no/such/folder"),
     "two policies": (("--policy", "on_demand", "--policy", "speculative", "--timeline", "t.gz"), "exactly one"),
 }
@@ -227,7 +252,9 @@ def test_a_mistake_is_one_line_and_leaves_no_file(files: Path, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"slots": "many"}', '{"chunk_bytes": "big"}', '{"bits": 5}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"policy": 7}', '{"slots": "many"}', '{"chunk_bytes": "big"}', '{"bits": 5}']
+)
 def test_a_bad_choice_file_is_one_line(files: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "choice.json").write_text(content)
     done = run(files, "--choice", str(tmp_path / "choice.json"), code=2)

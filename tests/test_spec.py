@@ -42,7 +42,7 @@ def test_parse(text: str, spec: Spec) -> None:
         ("speculative:depth=3", "no parameter 'depth'; its parameters: lookahead, min_score"),
         ("on_demand:lookahead=3", "no parameter 'lookahead'; its parameters: none"),
         ("speculative:lookahead=three", "lookahead is 'three'; it must be an integer"),
-        ("speculative:min_score=high", "it must be a number"),
+        ("speculative:min_score=high", "it must be a finite number"),
         ("speculative:lookahead=0", "must be at least 1"),
         ("on_demand:cache=clairvoyant", "cache 'clairvoyant' is unknown; known are"),
         ("on_demand:cache=(lru:age=2)", "cache 'lru' has no parameter 'age'"),

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = args.file or shipped()
         figures = {"file": str(path), **describe(load(path), args.cold_sequences)}
     except TraceError as error:
-        print(error, file=sys.stderr)
+        print(f"traces.inspect: {error}", file=sys.stderr)
         return 2
     print("\n".join([f"file        {path}", *report(figures)]))
     print(json.dumps(figures))

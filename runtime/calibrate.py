@@ -31,6 +31,7 @@ from runtime.observe import Spans
 from runtime.store import HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import options
+from traces.cli import Parser
 
 DEFAULT_LINK_GB_S = 0.05
 BUSY_SHARE = 0.1  # of the cores, used by others, above which a profile is labelled
@@ -284,7 +285,7 @@ def save(profile: HardwareProfile, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.calibrate", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m runtime.calibrate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
     p.add_argument(

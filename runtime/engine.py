@@ -67,12 +67,7 @@ class Engine:
         record: int | None = None,
         record_logits: bool = False,
     ) -> None:
-        if future := options.needs_future():
-            raise SpecError(f"{', '.join(future)} needs the future, which only a replay knows; use it in the simulator")
-        if options.prefetches and parse(options.predictor).name not in PREDICTORS:
-            raise SpecError(
-                f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"
-            )
+        check_options(options)
         self.spec = models.spec_of(model_dir)
         self.options = options
         self.slots = slots
@@ -389,6 +384,20 @@ class Engine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def check_options(options: Options) -> None:
+    """Refuse what only a replay can do.
+
+    Raises:
+        SpecError: a plug-in that needs the future, or guesses the engine does not make.
+    """
+    if future := options.needs_future():
+        raise SpecError(f"{', '.join(future)} needs the future, which only a replay knows; use it in the simulator")
+    if options.prefetches and parse(options.predictor).name not in PREDICTORS:
+        raise SpecError(
+            f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"
+        )
 
 
 def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -44,6 +44,7 @@ from runtime.card import (
 from runtime.lookahead import RouterGates
 from runtime.recorder import Recorder
 from traces import DECODE, ModelSpec, Trace, stats
+from traces.cli import Parser
 
 LOOKAHEAD = 4
 MAX_BYTES = 32_000_000  # of a model directory that is shipped
@@ -354,7 +355,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.evaluate", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m runtime.evaluate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, help="model directory (default: the shipped one)")
     p.add_argument("--corpus", type=Path, nargs="*", default=[], help="text files (default: Python's standard library)")
     p.add_argument("--max-tokens", type=int, default=60_000, help="held-out tokens of each file (default %(default)s)")

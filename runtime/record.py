@@ -21,6 +21,7 @@ from runtime.engine import Engine
 from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import options
 from traces import Trace
+from traces.cli import Parser
 
 UNPACED = HardwareProfile(
     "unpaced", 0, 0, LinkProfile(10.0, 0.0, 10.0, 0.0, 10.0), memory_gb_s=10.0, tflops=0.1, host_s=1e-4
@@ -82,7 +83,7 @@ def record(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.record", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m runtime.record", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or JSON lines (default: built in)")
     p.add_argument("--corpus", type=Path, nargs="+", metavar="FILE", help="cut prompts from the held-out part of these")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from runtime import corpus
+from traces.cli import Parser
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -245,7 +246,7 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.train", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m runtime.train", description=__doc__.splitlines()[0])
     p.add_argument(
         "--corpus",
         type=Path,

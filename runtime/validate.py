@@ -26,16 +26,18 @@ from transformers.utils import logging as transformers_logging
 import traces
 from runtime import calibrate, models, prompts, provenance
 from runtime.copier import CopierError
-from runtime.engine import Engine, paced
+from runtime.engine import Engine, check_options, paced
 from runtime.observe import EngineTimeline, merged
 from runtime.store import HostStore
 from runtime.verdict import average, first_divergence, judge, recheck, replayed
 from sim.experiment import Setting, summary
 from sim.ledger import LoadLog, Timeline
 from sim.machine import HardwareProfile, load_machine
+from sim.planner import check_slots
 from sim.run import read_choice, written
 from sim.spec import Options, SpecError, comparable
 from traces import Trace
+from traces.cli import Parser
 
 DEFAULT_POLICIES = ("on_demand", "speculative")
 
@@ -199,7 +201,7 @@ def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: H
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.validate", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m runtime.validate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
     p.add_argument("--device", choices=("cpu",), default="cpu", help="where experts are computed (default %(default)s)")
     p.add_argument("--profile", metavar="NAME|FILE", help="measured profile (default: calibrates first)")
@@ -248,6 +250,10 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     spec = models.spec_of(args.model)
     extra = {"chunk_bytes": choice["chunk_bytes"]} if "chunk_bytes" in choice else {}
     runs = comparable(list(args.policy or DEFAULT_POLICIES), **extra)
+    for run in runs:
+        check_options(run)
+    for slots in args.slots or []:
+        check_slots(spec, slots)
     for gb_s in args.link_gb_s or [calibrate.DEFAULT_LINK_GB_S]:
         if not 1e-4 <= gb_s <= 100:
             raise SpecError(f"--link-gb-s is {gb_s}; it must be 0.0001 to 100")

@@ -109,11 +109,7 @@ class Planner:
         keep_time: bool = False,
         cold_sequences: bool = False,
     ) -> None:
-        if not model.top_k <= slots <= model.num_experts:
-            raise SpecError(
-                f"slots is {slots}; {model.name} routes {model.top_k} of {model.num_experts} experts, "
-                f"so it must be {model.top_k} to {model.num_experts}"
-            )
+        check_slots(model, slots)
         self.model = model
         self.options = options
         self.sizes = layer_sizes(model, options, slots)
@@ -359,6 +355,19 @@ class Planner:
     def resident_slots(self, layer: int) -> dict[int, int]:
         """Experts of a layer that hold a cache slot, and which; a copy."""
         return dict(self._resident[layer])
+
+
+def check_slots(model: ModelSpec, slots: int) -> None:
+    """Refuse a slot count outside top_k to the number of experts.
+
+    Raises:
+        SpecError: with the range.
+    """
+    if not model.top_k <= slots <= model.num_experts:
+        raise SpecError(
+            f"slots is {slots}; {model.name} routes {model.top_k} of {model.num_experts} experts, "
+            f"so it must be {model.top_k} to {model.num_experts}"
+        )
 
 
 def layer_sizes(model: ModelSpec, options: Options, slots: int) -> list[int]:

@@ -27,6 +27,7 @@ from sim.presets import PRESETS
 from sim.spec import Options, SpecError, comparable, parse
 from sim.timing import Timing
 from traces import ModelSpec, TraceError
+from traces.cli import Parser
 from traces.format import shipped
 
 BASELINES = ("on_demand", "mixtral_offloading")
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         f"machines: {', '.join(machines.names(machines.PROFILES))}\n"
         f"models: {', '.join(machines.names(machines.MODELS))}"
     )
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m sim.run",
         description="Simulate scheduling policies on a routing trace.",
         epilog=epilog,

@@ -267,3 +267,13 @@ def test_importing_the_command_needs_nothing_heavy() -> None:
     code = f"import sys, sim.run; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_wrong_flag_values_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A value argparse itself refuses gives one line and exit code 2."""
+    from sim.run import parser
+
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--slots", "abc"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "python -m sim.run: argument --slots: invalid int value: 'abc'; see --help\n"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces import stats
+from traces.cli import Parser
 from traces.format import load, shipped
 from traces.trace import Trace, TraceError
 from traces.vocabulary import DECODE
@@ -175,7 +176,7 @@ def _spread(items: Sequence[int], most: int) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m traces.inspect", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="python -m traces.inspect", description=(__doc__ or "").splitlines()[0])
     p.add_argument("file", metavar="FILE", nargs="?", type=Path, help="trace file (default: the shipped trace)")
     p.add_argument("--cold-sequences", action="store_true", help="empty the LRU caches where a sequence starts")
     return p

@@ -12,6 +12,7 @@ from traces import ModelSpec
 
 WINDOW = 512  # tokens
 SAMPLE_TOKENS = 80
+SAMPLE_TEMPERATURE = 0.8  # as the shipped trace was recorded
 DEAD_SHARE = 0.005  # an expert below this share of its layer's accesses counts as dead
 MEASURES = ("model", "gzip", "xz", "byte_unigram", "token_unigram")
 
@@ -116,8 +117,9 @@ def card(result: dict[str, Any], spec: ModelSpec) -> str:
         losses = "\n".join([_LOSSES, "", *records])
     samples = []
     for s in result["samples"]:
-        fence = "~" * max(3, 1 + max(map(len, re.findall("~+", s["prompt"] + s["text"])), default=0))
-        samples.append(f"{s['domain']}, prompt {json.dumps(s['prompt'])}:\n\n{fence}\n{s['text']}\n{fence}\n")
+        fence = "~" * max(3, 1 + max(map(len, re.findall("~+", s["text"] + s["sampled"])), default=0))
+        texts = f"{fence}\n{s['text']}\n{fence}\n\nsampled:\n\n{fence}\n{s['sampled']}\n{fence}\n"
+        samples.append(f"{s['domain']}, prompt {json.dumps(s['prompt'])}, greedy:\n\n{texts}")
     idle = (spec.num_experts - spec.top_k) * spec.expert_weights * spec.num_layers
     return _CARD.format(
         name=spec.name,
@@ -139,6 +141,7 @@ def card(result: dict[str, Any], spec: ModelSpec) -> str:
         routing=routing_table(result),
         chance=spec.top_k / spec.num_experts,
         sample_tokens=SAMPLE_TOKENS,
+        sample_temperature=SAMPLE_TEMPERATURE,
         samples="\n".join(samples),
     )
 
@@ -202,8 +205,9 @@ FORCED: {routed:,} held-out tokens, fed as they stand and not generated. {dead}
 - recall d=1, 2, ...: share of the routed experts of layer + d among the first {spec.top_k} guesses, made by that
   layer's router as it is on this layer's router input; guessing at random gives {chance:.3f}.
 
-## Greedy samples
+## Samples
 
-{sample_tokens} tokens each.
+{sample_tokens} tokens each: greedy, where a model this small soon repeats itself, and sampled at temperature
+{sample_temperature} with seed 0.
 
 {samples}"""

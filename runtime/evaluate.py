@@ -33,6 +33,7 @@ from runtime import corpus, models, train
 from runtime.card import (
     DEAD_SHARE,
     MEASURES,
+    SAMPLE_TEMPERATURE,
     SAMPLE_TOKENS,
     WINDOW,
     card,
@@ -223,10 +224,13 @@ def _plain(values: npt.NDArray[Any]) -> list[Any]:
 
 
 @torch.inference_mode()
-def sample(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str) -> str:
-    """The greedy continuation of ``prompt``."""
+def sample(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, temperature: float = 0.0) -> str:
+    """The continuation of ``prompt``: greedy at temperature 0, else sampled with seed 0."""
     ids = torch.tensor([tokenizer.encode(prompt).ids])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAMPLE_TOKENS)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, **how)
     return tokenizer.decode(out[0, ids.shape[1] :].tolist())
 
 
@@ -343,7 +347,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     result["overall"] = figures(tokens, size, {name: sum(b[name] for b in bits.values()) for name in MEASURES})
     result["routing"] = routing(recording.trace())
     result["samples"] = [
-        {"domain": d.name, "prompt": source(d.name).prompt, "text": sample(model, tokenizer, source(d.name).prompt)}
+        {
+            "domain": d.name,
+            "prompt": source(d.name).prompt,
+            "text": sample(model, tokenizer, source(d.name).prompt),
+            "sampled": sample(model, tokenizer, source(d.name).prompt, SAMPLE_TEMPERATURE),
+        }
         for d in domains
     ]
     if args.card:

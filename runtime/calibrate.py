@@ -42,7 +42,7 @@ PROMPT = (
 )
 
 
-class Load:
+class OtherWork:
     """Share of all cores that other processes used since it was made; None where the system does not tell."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Load:
         own = os.times()
         return busy, own.user + own.system + own.children_user + own.children_system, time.monotonic()
 
-    def others(self) -> float | None:
+    def share(self) -> float | None:
         """Ask when our own children have ended; those that still run count as others."""
         end = self._read()
         if self._start is None or end is None:
@@ -236,13 +236,13 @@ def calibrate(
     Raises:
         ModelError, StoreError, SpecError: inputs that cannot be used.
     """
-    load = Load()
+    others_work = OtherWork()
     with Calibration(model_dir, bits, tokens) as calibration:
         operators = calibration.operators()
         rate, wait_s = calibration.link(gb_s)
     memory, arithmetic = memory_gb_s(), tflops()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    others = load.others()
+    others = others_work.share()
     made = f"{provenance.machine()}, commit {provenance.commit()}"
     busy = "not known" if others is None else f"{others:.0%} of the cores"
     measured = f"measured: {made}; used by other processes meanwhile: {busy}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from traces import GuessTable, ModelSpec, Trace, inspect, save, stats
+from traces import GuessTable, ModelSpec, Trace, inspect, picture, save, stats
 
 ROOT = Path(__file__).parent.parent
 GPT_OSS = ROOT.parent / "shared/data/traces/gpt-oss-20b/gptoss20b_decode_sample64.npz"
@@ -53,10 +54,17 @@ def gpt_oss() -> Trace:
     )
 
 
-@pytest.mark.parametrize(("cold", "hits"), [(True, (1_921_810, 2_651_137)), (False, (1_925_105, 2_662_873))])
-def test_lru_gives_the_reference_counts(gpt_oss: Trace, cold: bool, hits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("replay", "cold", "hits"),
+    [
+        ("visit", True, (1_921_810, 2_651_137)),
+        ("visit", False, (1_925_105, 2_662_873)),
+        ("access", True, (1_838_874, 2_637_346)),
+    ],
+)
+def test_lru_gives_the_reference_counts(gpt_oss: Trace, replay: str, cold: bool, hits: tuple[int, int]) -> None:
     assert gpt_oss.ids.size == 2_968_320
-    by_slots = stats.lru_hits(gpt_oss, cold_sequences=cold).sum(axis=0)
+    by_slots = stats.lru_hits(gpt_oss, cold_sequences=cold, replay=replay).sum(axis=0)
     assert (by_slots[8 - 4], by_slots[16 - 4]) == hits
 
 
@@ -166,6 +174,96 @@ def test_inspect_ends_with_one_json_line_of_the_same_figures(tmp_path: Path) -> 
     assert figures["lru"]["hits"] == stats.lru_hits(random_decoded(), True).sum(axis=0).tolist()
     mean = next(line for line in human if line.strip().startswith("mean"))
     assert mean.split()[-1] == f"{figures['lru']['hit_share'][-1]:.3f}"
+    assert (
+        figures["belady"]["forced"]["hits"] == stats.belady_hits(random_decoded(), False, True)[:, 1:].sum(0).tolist()
+    )
+    assert figures["belady"]["bypass"]["slots"] == [1, 2, 3, 4, 5, 6]
+    assert figures["layers"]["reuse_visits_median"] == [2, 2]
+
+
+def test_replay_is_chosen_and_named_and_a_difference_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = random_decoded()
+    save(trace, tmp_path / "a.safetensors")
+    printed = {}
+    for replay in stats.REPLAYS:
+        assert inspect.main([str(tmp_path / "a.safetensors"), "--replay", replay]) == 0
+        printed[replay] = capsys.readouterr().out.splitlines()
+    figures = {replay: json.loads(lines[-1])["lru"] for replay, lines in printed.items()}
+    for replay, lru in figures.items():
+        assert lru["replay"] == replay
+        assert lru["hits"] == stats.lru_hits(trace, replay=replay).sum(axis=0).tolist()
+        assert lru["by_replay"] == figures["visit"]["by_replay"]
+        assert any(f"{inspect._REPLAYS[replay]}, carried over" in line for line in printed[replay])
+    moved = figures["visit"]["replay_moves_misses"]
+    visit, access = (240 - stats.lru_hits(trace, replay=r).sum(axis=0) for r in stats.REPLAYS)
+    share = (access - visit) / visit
+    assert moved["slots"] == 2 + np.argmax(np.abs(share)) and moved["share"] == pytest.approx(share.max(), abs=1e-6)
+    [warning] = [line for line in printed["visit"] if line.startswith("warning")]
+    assert f"{share.max():.1%} more misses than visit-atomic replay with {moved['slots']} slots" in warning
+    save(decoded([[[0]], [[1]], [[0]]], [3], 4), tmp_path / "b.safetensors")
+    assert inspect.main([str(tmp_path / "b.safetensors")]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_inspect_describes_sequences_that_decode_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A visit is a set of tokens: its distinct experts are its accesses, and slots start where every visit fits."""
+    made = random_decoded()
+    batched = dataclasses.replace(
+        made,
+        sequence_lengths=np.array([30, 30], np.int32),
+        pass_lengths=np.full(30, 2, np.int32),
+        token_sequence=np.tile(np.arange(2, dtype=np.int32), 30),
+        domains=("code", "prose"),
+    )
+    save(batched, tmp_path / "a.safetensors")
+    assert inspect.main([str(tmp_path / "a.safetensors")]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["lru"]["slots"] == [4, 5, 6] and figures["belady"]["bypass"]["slots"] == [1, 2, 3, 4, 5, 6]
+    assert figures["lru"]["decode_accesses"] == sum(len(visit.experts) for visit in batched.visits())
+    assert figures["domains"]["prose"] == {"sequences": 1, "prefill": 0, "decode": 30}
+
+
+@pytest.mark.parametrize("ending", picture.FORMATS)
+def test_the_picture_is_written_the_same_each_time(tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib", reason="needs the plots extra")
+    trace = random_decoded()
+    ids = np.tile(np.array([1, 3], np.uint8), (60, 2, 1, 1))
+    ids[:, 1] = 255
+    trace.guesses["made-up"] = GuessTable(ids, np.zeros(ids.shape, np.float16))
+    save(trace, tmp_path / "a.safetensors")
+    for name in ("one", "two"):
+        assert inspect.main([str(tmp_path / "a.safetensors"), "--plot", str(tmp_path / (name + ending))]) == 0
+    one, two = ((tmp_path / (name + ending)).read_bytes() for name in ("one", "two"))
+    assert one == two and len(one) > 5000
+    if ending == ".svg":
+        assert b"SYNTHETIC" in one or b"<use" in one
+
+
+def test_the_caption_of_the_picture_carries_the_evidence_label() -> None:
+    caption = picture._caption(inspect.describe(random_decoded(), cold_sequences=True))
+    assert caption.startswith("SYNTHETIC routing: made-up, 2 MoE layers x 6 experts, top-2; 0 prefill and 60 decode")
+    assert "emptied where a sequence starts" in caption
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(random_decoded(), tmp_path / "a.safetensors")
+    names = [("a.gif", "use one of .png, .svg, .pdf"), ("a.png", "install the 'plots' extra")]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name, sentence in names:
+        assert inspect.main([str(tmp_path / "a.safetensors"), "--plot", str(tmp_path / name)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1 and sentence in printed.err
+
+
+def test_a_picture_in_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="needs the plots extra")
+    save(random_decoded(), tmp_path / "a.safetensors")
+    assert inspect.main([str(tmp_path / "a.safetensors"), "--plot", str(tmp_path / "none/a.png")]) == 2
+    assert "name a file in a folder that exists" in capsys.readouterr().err
 
 
 def test_inspect_describes_prefill_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,11 +252,8 @@ def renamed(name: str, new: str) -> Change:
         (in_model(num_layers=3), "routed_ids has shape [2, 2, 2]; it must be [2, 3, 2] (tokens, layers, top_k)"),
         (renamed("phase", "phases"), "tensor 'phase' is missing"),
         (renamed("guesses.router.ids", "ids"), "tensor 'guesses.router.ids' is missing"),
-        (lambda t: t.update(pass_lengths={"dtype": "U8", "shape": [0], "data_offsets": [54, 54]}), "tensor 'pass_leng"),
-        (
-            lambda t: t.update(extra={"dtype": "U8", "shape": [0], "data_offsets": [54, 54]}),
-            "tensor 'extra' is unknown",
-        ),
+        (renamed("guesses.router.ids", "pass_lengths"), "tensor 'guesses.router.ids' is missing"),
+        (renamed("phase", "x" * 80), "tensor 'xxxxxxxx"),
         (lambda t: t.update(phase=[]), "tensor 'phase' is described by []"),
         (in_tensor("phase", dtype="BF16"), "tensor 'phase' has dtype 'BF16'; allowed are U8, U16, I32, F16"),
         (in_tensor("phase", dtype=["U8"]), "tensor 'phase' has dtype ['U8']"),
@@ -340,11 +337,12 @@ def guessed(where: tuple[int, ...], expert: int | None = None, score: float | No
         ({"sequence_lengths": np.array([1], np.int32)}, "sequence_lengths sum to 1; they must sum to the 2 tokens"),
         ({"sequence_lengths": np.array([], np.int32)}, "sequence_lengths is empty"),
         ({"sequence_lengths": np.array([2, 0], np.int32)}, "sequence_lengths[1] is 0; a sequence has at least 1 token"),
+        ({"sequence_lengths": np.array([3, -1], np.int32)}, "sequence_lengths[1] is -1; a sequence has at least 1"),
         ({"sequence_lengths": np.array([[2]], np.int32)}, "sequence_lengths has shape [1, 1]; it must be [any]"),
         ({"phase": np.array([0, 2], np.uint8)}, "phase[1] is 2; allowed are 0 (prefill) and 1 (decode)"),
         ({"phase": np.array([1, 0], np.uint8)}, "phase[1] is prefill after decode"),
         ({"logits": np.zeros((2, 2, 2), np.float16)}, "router_logits has shape [2, 2, 2]; it must be [2, 2, 3]"),
-        ({"logits": np.full((2, 2, 3), np.nan, np.float16)}, "router_logits holds a NaN"),
+        ({"logits": np.full((2, 2, 3), np.nan, np.float16)}, "router_logits[0, 0, 0] is nan; record"),
         ({"routing": "recorded"}, "routing is 'recorded'"),
         ({"domains": ("a\nb",)}, r"domains holds 'a\nb'; it must be a string of printable characters"),
         ({"guesses": {"a b": tiny().guesses["router"]}}, "predictor name 'a b' is not allowed"),
@@ -428,13 +426,13 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path: Path, data: st.Da
 def test_passes_and_visits() -> None:
     trace = random_trace()
     assert trace.passes() == [
-        Pass(0, 5, PREFILL, 0, 0),
-        Pass(5, 1, DECODE, 0, 5),
-        Pass(6, 1, DECODE, 0, 6),
-        Pass(7, 1, DECODE, 0, 7),
-        Pass(8, 1, DECODE, 1, 0),
-        Pass(9, 1, DECODE, 1, 1),
-        Pass(10, 4, PREFILL, 2, 0),
+        Pass(0, 5, PREFILL, 0, 0, 0, True),
+        Pass(5, 1, DECODE, 0, 5, 1, False),
+        Pass(6, 1, DECODE, 0, 6, 1, False),
+        Pass(7, 1, DECODE, 0, 7, 1, False),
+        Pass(8, 1, DECODE, 1, 0, 0, True),
+        Pass(9, 1, DECODE, 1, 1, 1, False),
+        Pass(10, 4, PREFILL, 2, 0, 0, True),
     ]
     visits = list(trace.visits())
     assert [v.index for v in visits] == list(range(7 * 3))

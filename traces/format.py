@@ -26,7 +26,9 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _REQUIRED: Final = ("routed_ids", "routed_weights", "sequence_lengths", "phase")
-_RESERVED: Final = ("pass_lengths", "token_sequence")
+_BATCHES: Final = ("pass_lengths", "token_sequence")
+_MAX_DEPTH: Final = 32  # of lists and objects inside provenance
+_MAX_NAME: Final = len("guesses..scores") + 64  # of the longest predictor
 _JSON: Final = {dict: "object", list: "list", str: "string"}
 _HEADER: Final = {"model": dict, "provenance": dict, "routing": str, "domains": list, "predictors": dict}
 
@@ -85,8 +87,9 @@ def load(path: str | os.PathLike[str], verify: bool = True) -> Trace:
 
     Args:
         path: the file.
-        verify: compare the checksum and examine every value. Without it only the header, shapes, sequences and phases
-            are: for files verified before.
+        verify: compare the checksum and examine every value, which reads the whole file. Without it only the header,
+            shapes, sequences, passes and phases are examined: for a file that this run has verified before (a worker
+            of a sweep, say), because what is computed on a damaged file is worth nothing.
 
     Raises:
         TraceError: a file that cannot be read, or is truncated, foreign, newer or inconsistent; one sentence.
@@ -121,8 +124,8 @@ def _load(path: str | os.PathLike[str], verify: bool) -> Trace:
     if verify:
         if (digest := _digest(metadata["header"], tensors)) != metadata["sha256"]:
             raise TraceError(
-                f"metadata 'sha256' is {metadata['sha256']!r}, but the contents give {digest!r}: the file is damaged; "
-                "copy or record it again"
+                f"metadata 'sha256' is {metadata['sha256']!r:.80}, but the contents give {digest!r}: the file is "
+                "damaged; copy or record it again"
             )
         check(trace)
     return trace
@@ -136,6 +139,8 @@ def _tensors(trace: Trace) -> Tensors:
         "sequence_lengths": trace.sequence_lengths,
         "phase": trace.phase,
     }
+    if trace.pass_lengths is not None and trace.token_sequence is not None:
+        arrays |= {"pass_lengths": trace.pass_lengths, "token_sequence": trace.token_sequence}
     if trace.logits is not None:
         arrays["router_logits"] = trace.logits
     for name, guesses in trace.guesses.items():
@@ -148,13 +153,14 @@ def _header(trace: Trace) -> str:
     provenance = trace.provenance
     try:
         plain = json.loads(json.dumps(provenance, allow_nan=False)) == provenance
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         plain = False
     if not plain:
         raise TraceError(
             "provenance does not survive JSON; use only objects with string keys, lists, strings, finite numbers, "
             "booleans and null"
         )
+    _check_depth(provenance)
     header = {
         "model": trace.model.to_json(),
         "provenance": provenance,
@@ -163,6 +169,15 @@ def _header(trace: Trace) -> str:
         "predictors": {name: {"wrap": guesses.wrap} for name, guesses in trace.guesses.items()},
     }
     return json.dumps(header, sort_keys=True, separators=(",", ":"))
+
+
+def _check_depth(provenance: dict[str, Any]) -> None:
+    level: list[Any] = [provenance]
+    for _ in range(_MAX_DEPTH + 1):
+        nested = [value for value in level if isinstance(value, dict | list)]
+        level = [inner for value in nested for inner in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise TraceError(f"provenance holds lists or objects more than {_MAX_DEPTH} deep; flatten it")
 
 
 def _digest(header: str, tensors: Tensors) -> str:
@@ -207,16 +222,16 @@ def _metadata(values: Any) -> dict[str, str]:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise TraceError(
-            f"metadata 'format' is {found!r}; it must be {FORMAT!r}: this safetensors file holds something else"
+            f"metadata 'format' is {found!r:.80}; it must be {FORMAT!r}: this safetensors file holds something else"
         )
     for key in ("version", "header", "sha256"):
         if not isinstance(values.get(key), str):
-            raise TraceError(f"metadata {key!r} is {values.get(key)!r}; it must be a string")
+            raise TraceError(f"metadata {key!r} is {values.get(key)!r:.80}; it must be a string")
     version = values["version"]
     if version != str(VERSION):
         newer = version.isdecimal() and len(version) < 10 and int(version) > VERSION
         todo = "update this program" if newer else "record the trace again"
-        raise TraceError(f"metadata 'version' is {version!r}; this program reads version {VERSION}: {todo}")
+        raise TraceError(f"metadata 'version' is {version!r:.80}; this program reads version {VERSION}: {todo}")
     return values
 
 
@@ -225,12 +240,14 @@ def _views(table: dict[str, Any], data: npt.NDArray[np.uint8]) -> Tensors:
     spans: list[tuple[int, int, str]] = []
     tensors: Tensors = {}
     for name, entry in table.items():
+        if len(name) > _MAX_NAME:
+            raise TraceError(f"tensor {name!r:.80} is unknown: its name has {len(name)} characters; remove it")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise TraceError(f"tensor {name!r} is described by {entry!r:.80}; give dtype, shape and data_offsets")
         if entry["dtype"] not in list(_DTYPES):
             raise TraceError(f"tensor {name!r} has dtype {entry['dtype']!r:.20}; allowed are {', '.join(_DTYPES)}")
-        dtype, shape = _DTYPES[entry["dtype"]], _sizes(name, "shape", entry["shape"])
-        offsets = _sizes(name, "data_offsets", entry["data_offsets"])
+        dtype, shape = _DTYPES[entry["dtype"]], _sizes(name, "shape", entry["shape"], least=1)
+        offsets = _sizes(name, "data_offsets", entry["data_offsets"], least=0)
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
             raise TraceError(
                 f"tensor {name!r} has data_offsets {offsets}; they must span the {math.prod(shape) * dtype.itemsize} "
@@ -253,10 +270,14 @@ def _views(table: dict[str, Any], data: npt.NDArray[np.uint8]) -> Tensors:
     return tensors
 
 
-def _sizes(name: str, key: str, values: Any) -> list[int]:
-    if not isinstance(values, list) or len(values) > 4 or any(type(v) is not int or not 0 <= v < 2**48 for v in values):
-        raise TraceError(f"tensor {name!r} has {key} {values!r:.80}; it must be at most 4 integers, 0 to 2**48 - 1")
-    return values
+def _sizes(name: str, key: str, values: Any, least: int) -> list[int]:
+    integers = isinstance(values, list) and len(values) <= 4 and all(type(v) is int for v in values)
+    if not integers or not all(least <= v < 2**48 for v in values):
+        raise TraceError(
+            f"tensor {name!r} has {key} {values!r:.80}; it must be at most 4 integers, {least} to 2**48 - 1"
+        )
+    sizes: list[int] = values
+    return sizes
 
 
 def _trace(header: dict[str, Any], tensors: Tensors) -> Trace:
@@ -264,24 +285,20 @@ def _trace(header: dict[str, Any], tensors: Tensors) -> Trace:
         if not isinstance(header.get(key), kind):
             raise TraceError(f"header field {key!r} is {header.get(key)!r:.80}; it must be of JSON type {_JSON[kind]}")
     if unknown := sorted(set(header) - set(_HEADER)):
-        raise TraceError(f"header field {unknown[0]!r} is unknown; known are {', '.join(_HEADER)}")
+        raise TraceError(f"header field {unknown[0]!r:.80} is unknown; known are {', '.join(_HEADER)}")
     wraps = {name: _wrap(name, options) for name, options in header["predictors"].items()}
     guessed = [f"guesses.{name}.{part}" for name in wraps for part in ("ids", "scores")]
     for name in (*_REQUIRED, *guessed):
         if name not in tensors:
-            raise TraceError(f"tensor {name!r} is missing; record the trace again")
+            raise TraceError(f"tensor {name!r:.100} is missing; record the trace again")
     for name in tensors:
-        if name in _RESERVED:
-            raise TraceError(
-                f"tensor {name!r} says that sequences were decoded together; version {VERSION} holds one at a time: "
-                "record them one by one"
-            )
-        if name not in (*_REQUIRED, *guessed, "router_logits"):
+        if name not in (*_REQUIRED, *_BATCHES, "router_logits", *guessed):
             raise TraceError(f"tensor {name!r} is unknown, and so is a predictor of that name; remove it")
     try:
         model = ModelSpec.from_json(header["model"])
     except ValueError as error:
-        raise TraceError(str(error)) from None
+        raise TraceError(f"{error!s:.300}") from None
+    _check_depth(header["provenance"])
     return Trace(
         model=model,
         ids=tensors["routed_ids"],
@@ -295,11 +312,13 @@ def _trace(header: dict[str, Any], tensors: Tensors) -> Trace:
         },
         provenance=header["provenance"],
         domains=tuple(header["domains"]),
+        pass_lengths=tensors.get("pass_lengths"),
+        token_sequence=tensors.get("token_sequence"),
         routing=header["routing"],
     )
 
 
 def _wrap(name: str, options: Any) -> bool:
     if not isinstance(options, dict) or set(options) != {"wrap"} or not isinstance(options["wrap"], bool):
-        raise TraceError(f"header field 'predictors' says {options!r:.80} of {name!r}; say wrap, true or false")
+        raise TraceError(f"header field 'predictors' says {options!r:.80} of {name!r:.80}; say wrap, true or false")
     return options["wrap"]

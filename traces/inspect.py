@@ -1,6 +1,6 @@
 """Describe a trace: what made it, and how its routing behaves.
 
-python -m traces.inspect [FILE]
+python -m traces.inspect [FILE] [--replay visit|access] [--plot PICTURE]
 """
 
 from __future__ import annotations
@@ -16,31 +16,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces import stats
+from traces import picture, stats
 from traces.cli import Parser
 from traces.format import load, shipped
+from traces.stats import Counts
 from traces.trace import Trace, TraceError
 from traces.vocabulary import DECODE
 
-_LRU_COLUMNS = 8  # slot counts shown in the table; the JSON line has them all
+_LRU_COLUMNS = 6  # slot counts shown for every layer; the JSON line has them all
+_CURVE_ROWS = 16  # slot counts shown of the mean over layers
+_REPLAYS = {"visit": "visit-atomic replay", "access": "access-by-access replay"}
+_S = 1.3e-8  # rough time per (token, layer, expert, rank)
+_MOVES = 0.01  # a difference in misses between the replays that is worth a warning
 
 
-def describe(trace: Trace, cold_sequences: bool = False) -> dict[str, Any]:
+def describe(trace: Trace, cold_sequences: bool = False, replay: str = "visit") -> dict[str, Any]:
     """All figures of a trace as one JSON object; what cannot be computed (no decode, no target) is null.
 
     Shares and probabilities are 0 to 1, divergence is in bits; ``recall[d - 1][l][m - 1]`` is of the first m guesses
-    made at layer l for layer l + d. Their definitions: ``traces.stats``.
+    made at layer l for layer l + d. ``lru`` is of the chosen ``replay``, ``belady`` always visit-atomic. Their
+    definitions: ``traces.stats``.
     """
     model = trace.model
+    depths = stats.depths(trace, cold_sequences)
+    reuse = stats.reuse(trace, depths, cold_sequences)
     columns: dict[str, npt.NDArray[Any]] = {
         **stats.balance(trace)._asdict(),
         **{f"repeat_{name}": values for name, values in stats.repeat(trace)._asdict().items()},
+        **{f"reuse_{name}": values for name, values in reuse._asdict().items()},
     }
     if (divergence := stats.domain_divergence(trace)) is not None:
         columns["domain_divergence_bits"] = divergence
-    accesses = trace.num_decode_tokens * model.top_k
-    hits = stats.lru_hits(trace, cold_sequences)
-    shares = hits / accesses if accesses else np.full(hits.shape, np.nan)
+    start = depths.shape[2]  # slots that hold every visit
+    by_replay = {"visit": depths, "access": stats.depths(trace, cold_sequences, "access")}
+    accesses = {name: (of >= 0).sum(axis=(0, 2)) for name, of in by_replay.items()}
+    lru = {name: stats.hits_by_slots(of, model.num_experts) for name, of in by_replay.items()}
+    belady = {name: stats.belady_hits(trace, name == "bypass", cold_sequences) for name in ("forced", "bypass")}
     return {
         "model": model.to_json(),
         "provenance": trace.provenance,
@@ -52,11 +63,17 @@ def describe(trace: Trace, cold_sequences: bool = False) -> dict[str, Any]:
         "cold_sequences": cold_sequences,
         "layers": {name: _plain(values) for name, values in columns.items()},
         "lru": {
-            "slots": list(range(model.top_k, model.num_experts + 1)),
-            "decode_accesses": accesses * model.num_layers,
-            "hits": hits.sum(axis=0).tolist(),
-            "hit_share": _plain(shares.mean(axis=0)),
-            "hit_share_by_layer": _plain(shares),
+            "replay": replay,
+            "decode_accesses": int(accesses[replay].sum()),
+            **_curve(lru[replay], accesses[replay], start),
+            "hit_share_by_layer": _plain(_shares(lru[replay][:, start - 1 :], accesses[replay][:, None])),
+            "by_replay": {name: _curve(hits, accesses[name], start) for name, hits in lru.items()},
+            "replay_moves_misses": _moved({r: accesses[r].sum() - lru[r].sum(axis=0) for r in stats.REPLAYS}, start),
+        },
+        "belady": {
+            "replay": "visit",
+            "forced": _curve(belady["forced"], accesses["visit"], start),
+            "bypass": _curve(belady["bypass"], accesses["visit"], 1),
         },
         "predictors": {
             name: {"wrap": table.wrap, "recall": _plain(stats.recall(trace, name))}
@@ -65,11 +82,32 @@ def describe(trace: Trace, cold_sequences: bool = False) -> dict[str, Any]:
     }
 
 
+def _curve(hits: Counts, accesses: Counts, start: int) -> dict[str, Any]:
+    """Hits of all layers with ``start`` slots and more, from hits [L, E] and accesses [L]."""
+    kept = hits[:, start - 1 :].sum(axis=0)
+    slots = list(range(start, hits.shape[1] + 1))
+    return {"slots": slots, "hits": kept.tolist(), "hit_share": _plain(_shares(kept, accesses.sum()))}
+
+
+def _shares(hits: Counts, accesses: Counts) -> npt.NDArray[np.float64]:
+    shares: npt.NDArray[np.float64] = np.divide(hits, accesses, out=np.full(hits.shape, np.nan), where=accesses > 0)
+    return shares
+
+
+def _moved(misses: dict[str, Counts], start: int) -> dict[str, Any] | None:
+    """Where access-by-access replay changes the misses [E] of visit-atomic replay most: the slots, by which share."""
+    visit, access = (misses[replay][start - 1 :] for replay in stats.REPLAYS)
+    if not visit.any():
+        return None
+    share = (access - visit) / np.maximum(visit, 1)
+    most = int(np.argmax(np.abs(share)))
+    return {"slots": start + most, "share": round(float(share[most]), 6)}
+
+
 def _domains(trace: Trace) -> dict[str, dict[str, int]]:
-    starts = trace.sequence_starts()
     domains: dict[str, dict[str, int]] = {}
     for sequence, name in enumerate(trace.domains):
-        decode = int(np.count_nonzero(trace.phase[starts[sequence] : starts[sequence + 1]] == DECODE))
+        decode = int(np.count_nonzero(trace.phase[trace.rows_of(sequence)] == DECODE))
         counts = domains.setdefault(name, {"sequences": 0, "prefill": 0, "decode": 0})
         counts["sequences"] += 1
         counts["prefill"] += int(trace.sequence_lengths[sequence]) - decode
@@ -109,9 +147,13 @@ def report(figures: dict[str, Any]) -> list[str]:
         "repeat_in_order": "repeat",
         "repeat_shuffled": "shuffled",
         "repeat_shuffled_within": "within",
+        "reuse_visits_median": "visits",
+        "reuse_visits_p90": "(p90)",
+        "reuse_experts_median": "experts",
+        "reuse_experts_p90": "(p90) ",
         "domain_divergence_bits": "domains",
     }
-    columns = {titles[key]: values for key, values in figures["layers"].items()}
+    columns = {title: figures["layers"][key] for key, title in titles.items() if key in figures["layers"]}
     for i in shown:
         columns[f"lru {lru['slots'][i]}"] = [layer[i] for layer in lru["hit_share_by_layer"]]
     caches = "emptied where a sequence starts" if figures["cold_sequences"] else "carried over between sequences"
@@ -122,11 +164,44 @@ def report(figures: dict[str, Any]) -> list[str]:
         "repeat: share of a decode token's experts that the token before used; shuffled, within: the same with all "
         "decode tokens, or each sequence's, in random order;",
         *(["domains: how far expert use differs between them, in bits;"] if "domains" in columns else []),
-        f"lru N: share of decode accesses that hit with N slots a layer, {caches}.",
+        "visits, experts: reuse distance of decode accesses, median and 90th percentile: visits of the layer back to "
+        "the one",
+        "that last used the expert (1: the visit before), and other experts used since;",
+        f"lru N: share of decode accesses that hit with N slots a layer, {_REPLAYS[lru['replay']]}, {caches}.",
         *_table("layer", columns),
+        *_curve_lines(figures),
     ]
     for name, predictor in figures["predictors"].items():
         lines += ["", *_recall_lines(name, predictor, model["top_k"])]
+    return lines
+
+
+def _curve_lines(figures: dict[str, Any]) -> list[str]:
+    """Mean hit shares of LRU and Belady by slot count, and a warning when the choice of replay matters."""
+    lru, belady = figures["lru"], figures["belady"]
+    if not lru["decode_accesses"]:
+        return []
+    by_slots = {
+        **{f"lru, {name}": curve["hit_share"] for name, curve in lru["by_replay"].items()},
+        "belady": belady["forced"]["hit_share"],
+        "bypass": belady["bypass"]["hit_share"][lru["slots"][0] - 1 :],
+    }
+    lines = [
+        "",
+        "share of decode accesses that hit, all layers: LRU in visit-atomic and access-by-access replay; Belady with",
+        "forced admission, and with bypass (visit-atomic, from empty caches; bypass: the most that demand loads reach)",
+        f"{'slots':>6}  " + "  ".join(f"{title:>11}" for title in by_slots),
+    ]
+    for i in _spread(range(len(lru["slots"])), _CURVE_ROWS):
+        cells = "  ".join(f"{_cell(values[i]):>11}" for values in by_slots.values())
+        lines.append(f"{lru['slots'][i]:>6}  {cells}")
+    moved = lru["replay_moves_misses"]
+    if moved and abs(moved["share"]) > _MOVES:
+        sense = "more" if moved["share"] > 0 else "fewer"
+        lines.append(
+            f"warning: access-by-access replay has {abs(moved['share']):.1%} {sense} misses than visit-atomic "
+            f"replay with {moved['slots']} slots; say which of them a hit count is from"
+        )
     return lines
 
 
@@ -175,10 +250,29 @@ def _spread(items: Sequence[int], most: int) -> list[int]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
+def _announce(trace: Trace) -> None:
+    """Say on standard error that a large trace takes a while."""
+    seconds = trace.num_decode_tokens * trace.model.num_layers * trace.model.num_experts * trace.model.top_k * _S
+    if seconds > 5:
+        print(
+            f"traces.inspect: {trace.num_decode_tokens} decode tokens; this takes about {seconds:.0f} s",
+            file=sys.stderr,
+        )
+
+
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m traces.inspect", description=(__doc__ or "").splitlines()[0])
     p.add_argument("file", metavar="FILE", nargs="?", type=Path, help="trace file (default: the shipped trace)")
-    p.add_argument("--cold-sequences", action="store_true", help="empty the LRU caches where a sequence starts")
+    p.add_argument("--cold-sequences", action="store_true", help="empty the caches where a sequence starts")
+    p.add_argument(
+        "--replay",
+        choices=stats.REPLAYS,
+        default=stats.REPLAYS[0],
+        help="one LRU access is a visit, all its experts at once (default), or one expert after the other",
+    )
+    p.add_argument(
+        "--plot", metavar="PICTURE", type=Path, help=f"draw expert use, hits and recall ({', '.join(picture.FORMATS)})"
+    )
     return p
 
 
@@ -186,11 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         path = args.file or shipped()
-        figures = {"file": str(path), **describe(load(path), args.cold_sequences)}
-    except TraceError as error:
+        trace = load(path)
+        _announce(trace)
+        figures = {"file": str(path), **describe(trace, args.cold_sequences, args.replay)}
+        if args.plot:
+            picture.draw(stats.use(trace.ids, trace.model.num_experts), figures, args.plot)
+    except (TraceError, picture.PictureError) as error:
         print(f"traces.inspect: {error}", file=sys.stderr)
         return 2
-    print("\n".join([f"file        {path}", *report(figures)]))
+    print("\n".join([f"file        {path}", *report(figures), *([f"picture     {args.plot}"] if args.plot else [])]))
     print(json.dumps(figures))
     return 0
 

@@ -7,34 +7,42 @@ M guesses of one distance.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from traces.vocabulary import DECODE, PREFILL, ModelSpec, Visit, router_order
+from traces.values import Halves as Halves
+from traces.values import Ids as Ids
+from traces.values import TraceError as TraceError
+from traces.values import check_guesses, check_logits, check_routed
+from traces.values import id_dtype as id_dtype
+from traces.values import padding as padding
+from traces.vocabulary import DECODE, PREFILL, Guesses, ModelSpec, Visit, router_order
 
 ROUTINGS: Final = ("RECORDED", "FORCED", "SYNTHETIC")
-_MAX_EXPERTS: Final = 65535  # the largest uint16 marks a guess that does not exist
-_LARGEST: Final = 0x7BFF  # bits of the largest finite float16; non-negative float16 order like their bits
-_ONE: Final = 0x3C00  # bits of 1.0
 _PREDICTOR: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_ROWS: Final = 1 << 16  # rows of a table checked at once, so that checking a mapped file takes little memory
+_ROWS: Final = 1 << 10  # tokens whose ids are Python lists at once
+_LARGEST_FIELD: Final = 2**48 - 1
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
-Halves = npt.NDArray[np.float16]
-
-
-class TraceError(ValueError):
-    """A trace, or a file that should hold one, that breaks a rule of the format; one sentence says which."""
+Lengths = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.int64]
 
 
 class Pass(NamedTuple):
-    """One forward pass: rows ``first`` to ``first + tokens`` of the trace.
+    """One forward pass.
 
-    ``context`` counts the tokens of ``sequence`` before the pass.
+    Attributes:
+        first: its first row in the trace.
+        tokens: its rows.
+        phase: ``PREFILL`` or ``DECODE``, the same for all of them.
+        sequence: the sequence of its first row.
+        context: tokens in the KV caches before it, summed over the sequences in it.
+        following: rows of a decode pass whose sequence has an earlier row: the tokens that TPOT is a mean over.
+        opens: some sequence has its first row here.
     """
 
     first: int
@@ -42,22 +50,8 @@ class Pass(NamedTuple):
     phase: int
     sequence: int
     context: int
-
-
-def id_dtype(num_experts: int) -> np.dtype[Any]:
-    """The dtype of expert ids: uint8 up to 255 experts, else uint16; its largest value stands for no expert.
-
-    Raises:
-        TraceError: more experts than uint16 can name.
-    """
-    if num_experts > _MAX_EXPERTS:
-        raise TraceError(f"model field 'num_experts' is {num_experts}; a trace holds at most {_MAX_EXPERTS}")
-    return np.dtype(np.uint8 if num_experts <= 255 else np.uint16)
-
-
-def padding(num_experts: int) -> int:
-    """The id that stands for no expert: all bits one."""
-    return int(np.iinfo(id_dtype(num_experts)).max)
+    following: int
+    opens: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +88,46 @@ def rank(scores: npt.NDArray[np.floating[Any]], num_guesses: int, wrap: bool = F
     return GuessTable(ids, best, wrap)
 
 
+def merged(
+    ids: Sequence[Sequence[int]] | npt.NDArray[Any], scores: Sequence[Sequence[float]] | npt.NDArray[Any]
+) -> Guesses:
+    """The guesses of a visit of several tokens, from those of every token, [n][m].
+
+    The score of an expert is the probability that any token is routed to it, their choices taken as independent:
+    1 - prod(1 - p), multiplied in token order and rounded to float16. Best first, equal scores by the lower id;
+    experts with score 0 (padding too) are left out. Guesses of one token keep their scores.
+    """
+    missed: dict[int, float] = {}
+    for experts, probabilities in zip(ids, scores, strict=True):
+        for expert, probability in zip(experts, probabilities, strict=True):
+            missed[int(expert)] = missed.get(int(expert), 1.0) * (1.0 - float(probability))
+    rounded = (1.0 - np.array(list(missed.values()), np.float64)).astype(np.float16).tolist()
+    ranked = sorted((-score, expert) for expert, score in zip(missed, rounded, strict=True) if score > 0)
+    return Guesses([expert for _, expert in ranked], [-score for score, _ in ranked])
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Routing of one model over whole sequences, one after the other.
+    """Routing of one model over sequences: one after the other, or decoding together in batches.
 
-    Making one checks dtypes, shapes, sequences and phases; ``check`` examines every id, weight and score.
+    Making one checks dtypes, shapes, sequences, passes and phases; ``check`` examines every id, weight and score.
 
     Attributes:
         model: the shape of the model that routed.
         ids: routed experts in router order, uint8 (uint16 from 256 experts) [T, L, K].
         weights: what the router gave them, float16 [T, L, K].
-        sequence_lengths: int32 [S]; sequence s is the next ``sequence_lengths[s]`` rows.
+        sequence_lengths: int32 [S]; sequence s is the next ``sequence_lengths[s]`` rows, or as many rows as that
+            where ``token_sequence`` is s.
         phase: uint8 [T], ``PREFILL`` or ``DECODE``; within a sequence prefill comes first.
         logits: router logits, float16 [T, L, E], or None.
         guesses: recorded predictors by name.
         provenance: what made the trace, plain JSON values.
         domains: kind of text, one per sequence, or empty.
+        pass_lengths: int32 [passes]; pass p is the next ``pass_lengths[p]`` rows, all of one phase. Each sequence has
+            one row or none of a decode pass, and neighbouring rows of a prefill pass. None: the prefill of a sequence
+            is a pass, every decode token is its own.
+        token_sequence: the sequence of every row, int32 [T]; None exactly if ``pass_lengths`` is: sequences stand one
+            after the other.
         routing: evidence label, one of ``ROUTINGS``.
 
     Raises:
@@ -119,20 +137,25 @@ class Trace:
     model: ModelSpec
     ids: Ids
     weights: Halves
-    sequence_lengths: npt.NDArray[np.int32]
+    sequence_lengths: Lengths
     phase: npt.NDArray[np.uint8]
     logits: Halves | None = None
     guesses: dict[str, GuessTable] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     domains: tuple[str, ...] = ()
+    pass_lengths: Lengths | None = None
+    token_sequence: Lengths | None = None
     routing: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
-            raise TraceError(f"routing is {self.routing!r}; it must be one of {', '.join(ROUTINGS)}")
+            raise TraceError(f"routing is {self.routing!r:.80}; it must be one of {', '.join(ROUTINGS)}")
         for what, text in (("model field 'name'", self.model.name), *(("domains", d) for d in self.domains)):
             if not isinstance(text, str) or not text or not text.isprintable():
                 raise TraceError(f"{what} holds {text!r:.80}; it must be a string of printable characters, not empty")
+        for name, size in self.model.to_json().items():
+            if isinstance(size, int) and size > _LARGEST_FIELD:
+                raise TraceError(f"model field {name!r} is {size!r:.20}; it must be at most 2**48 - 1")
         _check_tables(self)
         _check_sequences(self)
 
@@ -144,25 +167,58 @@ class Trace:
     def num_decode_tokens(self) -> int:
         return int(np.count_nonzero(self.phase == DECODE))
 
-    def sequence_starts(self) -> npt.NDArray[np.int64]:
-        """First row of every sequence, then T; int64 [S + 1]."""
-        return np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
+    def sequence_starts(self) -> Rows:
+        """First row of every sequence, then T; int64 [S + 1].
+
+        Raises:
+            TraceError: the sequences decode together, so their rows alternate.
+        """
+        if self.token_sequence is not None:
+            raise TraceError("the sequences of this trace decode together, so their rows alternate; ask rows_of")
+        return self._starts
+
+    def rows_of(self, sequence: int) -> Rows:
+        """The rows of a sequence in order, int64; sequences count from 0."""
+        if not 0 <= sequence < len(self.sequence_lengths):
+            raise IndexError(f"sequence is {sequence}; the trace has {len(self.sequence_lengths)}, counted from 0")
+        return self._order[self._starts[sequence] : self._starts[sequence + 1]]
+
+    def next_rows(self) -> Rows:
+        """The row of the next token of the same sequence, or -1 after its last; int64 [T]."""
+        following = np.empty(self.num_tokens, np.int64)
+        following[self._order[:-1]] = self._order[1:]
+        following[self._order[self._starts[1:] - 1]] = -1
+        return following
 
     def passes(self) -> list[Pass]:
-        """Forward passes in order: the prefill tokens of a sequence are one, every decode token is its own."""
-        starts = self.sequence_starts()
-        begins = self.phase == DECODE
-        begins[starts[:-1]] = True
-        first = np.flatnonzero(begins)
-        tokens = np.diff(np.append(first, self.num_tokens))
-        sequence = np.searchsorted(starts, first, side="right") - 1
-        columns = (first, tokens, self.phase[first], sequence, first - starts[sequence])
+        """Forward passes in order: as ``pass_lengths`` says, or one for the prefill of a sequence and for each decode
+        token."""
+        place = np.empty(self.num_tokens, np.int64)
+        place[self._order] = np.arange(self.num_tokens) - np.repeat(self._starts[:-1], self.sequence_lengths)
+        decode = self.phase == DECODE
+        sequence = self._sequences()
+        if self.pass_lengths is None:
+            first = np.flatnonzero(decode | (place == 0))
+        else:
+            first = np.cumsum(self.pass_lengths, dtype=np.int64) - self.pass_lengths
+        before = np.where(np.diff(sequence, prepend=-1) != 0, place, 0)
+        before[first] = place[first]
+        columns = (
+            first,
+            np.diff(np.append(first, self.num_tokens)),
+            self.phase[first],
+            sequence[first],
+            np.add.reduceat(before, first),
+            np.add.reduceat((decode & (place > 0)).astype(np.int64), first),
+            np.logical_or.reduceat(place == 0, first),
+        )
         return [Pass(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
     def head(self, decode_tokens: int) -> Trace:
-        """The rows up to the ``decode_tokens``-th decode token: whole sequences, the last one cut there.
+        """The rows up to the ``decode_tokens``-th decode token, and to the end of its pass.
 
-        A trace with no more decode tokens than that is returned as it is.
+        Sequences are kept whole, cut there, or left out (the others keep their order, numbered anew). A trace with no
+        more decode tokens than that is returned as it is.
 
         Raises:
             TraceError: fewer than one decode token.
@@ -173,46 +229,72 @@ class Trace:
         if decode_tokens >= len(decode_rows):
             return self
         end = int(decode_rows[decode_tokens - 1]) + 1
-        starts = self.sequence_starts()
-        kept = int(np.searchsorted(starts, end))
-        lengths = np.diff(np.append(starts[:kept], end)).astype(np.int32)
+        passes = 0
+        if self.pass_lengths is not None:
+            ends = np.cumsum(self.pass_lengths, dtype=np.int64)
+            passes = int(np.searchsorted(ends, end)) + 1
+            end = int(ends[passes - 1])
+        kept, sequence, lengths = np.unique(self._sequences()[:end], return_inverse=True, return_counts=True)
         return replace(
             self,
             ids=self.ids[:end],
             weights=self.weights[:end],
-            sequence_lengths=lengths,
+            sequence_lengths=lengths.astype(np.int32),
             phase=self.phase[:end],
             logits=None if self.logits is None else self.logits[:end],
             guesses={n: replace(g, ids=g.ids[:end], scores=g.scores[:end]) for n, g in self.guesses.items()},
             provenance=self.provenance | {"head_decode_tokens": decode_tokens},
-            domains=self.domains[:kept],
+            domains=tuple(self.domains[i] for i in kept.tolist()) if self.domains else (),
+            pass_lengths=None if self.pass_lengths is None else self.pass_lengths[:passes],
+            token_sequence=None if self.token_sequence is None else sequence.astype(np.int32),
         )
 
     def visits(self) -> Iterator[Visit]:
         """Every visit, pass by pass and layer by layer, without guesses (a predictor fills those in)."""
         layers = range(self.model.num_layers)
         once = [1] * self.model.top_k
-        starts = self.sequence_starts().tolist()
-        loaded = -1
         rows: list[list[list[int]]] = []
-        index = 0
-        for _, tokens, phase, sequence, context in self.passes():
-            if sequence != loaded:
-                loaded = sequence
-                rows = self.ids[starts[sequence] : starts[sequence + 1]].tolist()
+        begin = end = index = 0
+        for first, tokens, phase, _, context, _, opens in self.passes():
+            if first + tokens > end:
+                begin, end = first, first + max(tokens, _ROWS)
+                rows = self.ids[begin:end].tolist()
             if tokens == 1:
-                row = rows[context]
+                row = rows[first - begin]
                 for layer in layers:
-                    opens = context == 0 and layer == 0
-                    yield Visit(index, layer, phase, 1, context, row[layer], once.copy(), [], opens)
+                    starts = opens and layer == 0
+                    yield Visit(index, layer, phase, 1, context, row[layer], once.copy(), [], starts)
                     index += 1
             else:
-                block = rows[context : context + tokens]
+                block = rows[first - begin : first - begin + tokens]
                 for layer in layers:
                     experts, counts = router_order([token[layer] for token in block])
-                    opens = context == 0 and layer == 0
-                    yield Visit(index, layer, phase, tokens, context, experts, counts, [], opens)
+                    starts = opens and layer == 0
+                    yield Visit(index, layer, phase, tokens, context, experts, counts, [], starts)
                     index += 1
+
+    def _sequences(self) -> Rows:
+        """The sequence of every row, int64 [T]."""
+        if self.token_sequence is None:
+            return np.repeat(np.arange(len(self.sequence_lengths)), self.sequence_lengths)
+        return self.token_sequence.astype(np.int64)
+
+    @cached_property
+    def _order(self) -> Rows:
+        """All rows, sequence by sequence, int64 [T]."""
+        if self.token_sequence is None:
+            order = np.arange(self.num_tokens)
+        else:
+            order = np.argsort(self.token_sequence, kind="stable")
+        order.flags.writeable = False
+        return order
+
+    @cached_property
+    def _starts(self) -> Rows:
+        """Where every sequence starts in ``_order``, then T; int64 [S + 1]."""
+        starts = np.append(0, np.cumsum(self.sequence_lengths, dtype=np.int64))
+        starts.flags.writeable = False
+        return starts
 
 
 def check(trace: Trace) -> None:
@@ -223,12 +305,11 @@ def check(trace: Trace) -> None:
             or a guess that is out of range, out of order, or not padded where the format says so.
     """
     experts = trace.model.num_experts
-    _check_ids("routed_ids", trace.ids, experts)
-    _check_halves("routed_weights", trace.weights, _LARGEST, "finite and not negative")
-    if trace.logits is not None and np.isnan(trace.logits.max()):
-        raise TraceError("router_logits holds a NaN; record the routing again, with logits that are numbers")
+    check_routed(trace.ids, trace.weights, experts)
+    if trace.logits is not None:
+        check_logits(trace.logits)
     for name, table in trace.guesses.items():
-        _check_guesses(name, table, experts)
+        check_guesses(name, table.ids, table.scores, table.wrap, experts)
 
 
 def _check_tables(trace: Trace) -> None:
@@ -272,79 +353,78 @@ def _check_shape(
 
 
 def _check_sequences(trace: Trace) -> None:
-    lengths, phase = trace.sequence_lengths, trace.phase
-    if not len(lengths):
-        raise TraceError("sequence_lengths is empty; a trace holds at least one sequence")
-    if lengths.min() < 1:
-        where = int(np.argmax(lengths < 1))
-        raise TraceError(f"sequence_lengths[{where}] is {lengths[where]}; a sequence has at least 1 token")
-    total = int(lengths.sum(dtype=np.int64))
-    if total != len(phase):
-        raise TraceError(f"sequence_lengths sum to {total}; they must sum to the {len(phase)} tokens of the trace")
+    phase, tokens = trace.phase, len(trace.phase)
+    _check_lengths("sequence_lengths", "sequence", trace.sequence_lengths, tokens)
     if phase.max() > DECODE:
         where = int(np.argmax(phase > DECODE))
         raise TraceError(f"phase[{where}] is {phase[where]}; allowed are {PREFILL} (prefill) and {DECODE} (decode)")
-    back = np.append(False, (phase[1:] == PREFILL) & (phase[:-1] == DECODE))
-    back[trace.sequence_starts()[:-1]] = False
-    if back.any():
-        where = int(np.argmax(back))
-        raise TraceError(f"phase[{where}] is prefill after decode; within a sequence prefill comes first")
-    if trace.domains and len(trace.domains) != len(lengths):
-        raise TraceError(f"domains names {len(trace.domains)} sequences; give one for each of {len(lengths)}, or none")
+    sequences = len(trace.sequence_lengths)
+    if trace.domains and len(trace.domains) != sequences:
+        raise TraceError(f"domains names {len(trace.domains)} sequences; give one for each of {sequences}, or none")
+    if trace.pass_lengths is not None and trace.token_sequence is not None:
+        _check_batches(trace.pass_lengths, trace.token_sequence, trace)
+    elif trace.pass_lengths is not None or trace.token_sequence is not None:
+        missing = "token_sequence" if trace.token_sequence is None else "pass_lengths"
+        raise TraceError(f"{missing} is missing; give both pass_lengths and token_sequence, or neither")
+    before, after = _neighbours(trace)
+    back = after[(phase[after] == PREFILL) & (phase[before] == DECODE)]
+    if len(back):
+        raise TraceError(f"phase[{back.min()}] is prefill after decode; within a sequence prefill comes first")
 
 
-def _check_ids(name: str, ids: Ids, experts: int) -> None:
-    """Every id below ``experts``, and none twice in the last dimension."""
-    if ids.max() >= experts:
-        where = np.unravel_index(int(np.argmax(ids >= experts)), ids.shape)
-        raise TraceError(f"{name}{_at(where)} is {ids[where]}; the model's experts are 0 to {experts - 1}")
-    rows = ids.reshape(-1, ids.shape[-1])
-    for start in range(0, len(rows), _ROWS):
-        ranks = np.ascontiguousarray(rows[start : start + _ROWS].T)
-        twice = np.zeros(ranks.shape[1], bool)
-        for later in range(1, len(ranks)):
-            twice |= (ranks[:later] == ranks[later]).any(axis=0)
-        if twice.any():
-            where = np.unravel_index(start + int(np.argmax(twice)), ids.shape[:-1])
-            raise TraceError(f"{name}{_at(where)} names an expert twice, {ids[where].tolist()}; name each once")
+def _check_lengths(name: str, thing: str, lengths: Lengths, tokens: int) -> None:
+    if not len(lengths):
+        raise TraceError(f"{name} is empty; a trace holds at least one {thing}")
+    if lengths.min() < 1:
+        where = int(np.argmax(lengths < 1))
+        raise TraceError(f"{name}[{where}] is {lengths[where]}; a {thing} has at least 1 token")
+    total = int(lengths.sum(dtype=np.int64))
+    if total != tokens:
+        raise TraceError(f"{name} sum to {total}; they must sum to the {tokens} tokens of the trace")
 
 
-def _check_halves(name: str, values: Halves, largest: int, allowed: str) -> None:
-    """Every float16 has bits up to ``largest``: not negative (negative zero included), not NaN, not above it."""
-    bits = values.view(np.uint16)
-    if bits.max() > largest:
-        where = np.unravel_index(int(np.argmax(bits > largest)), values.shape)
-        raise TraceError(f"{name}{_at(where)} is {values[where]}; it must be {allowed}")
-
-
-def _check_guesses(name: str, table: GuessTable, experts: int) -> None:
-    layers, distances = table.ids.shape[1:3]
-    for distance in range(1, distances + 1):
-        targets = layers if table.wrap else layers - distance
-        column = f"guesses.{name} at distance {distance}: "
-        ids, scores = table.ids[:, :, distance - 1], table.scores[:, :, distance - 1]
-        none, no_score = ids[:, targets:], scores[:, targets:]
-        if (none != padding(experts)).any() or no_score.view(np.uint16).any():
-            raise TraceError(
-                f"{column}a guess from layer {targets} or later has no target; pad it with id {padding(experts)} and "
-                "score 0, or declare wrap"
-            )
-        ids, scores = ids[:, :targets], scores[:, :targets]
-        if not ids.size:
-            continue
-        _check_ids(f"{column}ids", ids, experts)
-        _check_halves(f"{column}scores", scores, _ONE, "between 0 and 1")
-        bits = scores.view(np.uint16)
-        unranked = (bits[..., 1:] > bits[..., :-1]) | (
-            (bits[..., 1:] == bits[..., :-1]) & (ids[..., 1:] < ids[..., :-1])
+def _check_batches(pass_lengths: Lengths, token_sequence: Lengths, trace: Trace) -> None:
+    sequences, tokens = len(trace.sequence_lengths), len(trace.phase)
+    _check_shape("pass_lengths", pass_lengths, np.dtype(np.int32), (-1,), "passes")
+    _check_shape("token_sequence", token_sequence, np.dtype(np.int32), (tokens,), "tokens")
+    _check_lengths("pass_lengths", "pass", pass_lengths, tokens)
+    outside = (token_sequence < 0) | (token_sequence >= sequences)
+    if outside.any():
+        where = int(np.argmax(outside))
+        raise TraceError(f"token_sequence[{where}] is {token_sequence[where]}; the sequences are 0 to {sequences - 1}")
+    counts = np.bincount(token_sequence, minlength=sequences)
+    if (counts != trace.sequence_lengths).any():
+        where = int(np.argmax(counts != trace.sequence_lengths))
+        raise TraceError(
+            f"sequence_lengths[{where}] is {trace.sequence_lengths[where]}, but {counts[where]} entries of "
+            f"token_sequence are {where}; make them agree"
         )
-        if unranked.any():
-            where = np.unravel_index(int(np.argmax(unranked)), unranked.shape)[:-1]
-            raise TraceError(
-                f"{column}scores{_at(where)} {scores[where].tolist()} of ids {ids[where].tolist()} are not ranked; put "
-                "the highest score first and equal scores by lower id"
-            )
+    number = np.repeat(np.arange(len(pass_lengths)), pass_lengths)
+    mixed = (np.diff(number) == 0) & (trace.phase[1:] != trace.phase[:-1])
+    if mixed.any():
+        where = int(np.argmax(mixed)) + 1
+        raise TraceError(
+            f"phase[{where}] is {trace.phase[where]} and the row before is not, both in pass {number[where]}; a pass "
+            "has one phase"
+        )
+    before, after = _neighbours(trace)
+    again = number[before] == number[after]
+    if (twice := after[again & (trace.phase[after] == DECODE)]).size:
+        where = int(twice.min())
+        raise TraceError(
+            f"token_sequence[{where}] is {token_sequence[where]} for the second time in pass {number[where]}; in a "
+            "decode pass a sequence has at most one row"
+        )
+    if (apart := after[again & (after != before + 1)]).size:
+        where = int(apart.min())
+        raise TraceError(
+            f"token_sequence[{where}] is {token_sequence[where]} again in pass {number[where]}, after another "
+            "sequence; in a prefill pass the rows of a sequence stand together"
+        )
 
 
-def _at(where: tuple[np.intp, ...]) -> str:
-    return str([int(i) for i in where])
+def _neighbours(trace: Trace) -> tuple[Rows, Rows]:
+    """Every row that has a next one of its sequence, and that next one."""
+    following = trace.next_rows()
+    before = np.flatnonzero(following >= 0)
+    return before, following[before]

@@ -147,12 +147,12 @@ class Visit:
         index: running number of the visit in its run, from 0.
         layer: MoE layer.
         phase: ``PREFILL`` or ``DECODE``.
-        tokens: tokens in the pass (1 in batch-1 decode).
-        context: tokens of the sequence before this pass (the KV cache's length).
+        tokens: tokens in the pass (in decode one of each sequence in it).
+        context: tokens in the KV caches before this pass, summed over its sequences.
         experts: distinct routed experts in router order (tokens in order, then rank; first appearance).
         counts: tokens routed to each of ``experts``.
         guesses: predictions for layer + 1, layer + 2, ...: entry d - 1 is distance d; empty when there are none.
-        starts_sequence: first visit of a new sequence.
+        starts_sequence: first visit of a pass in which a sequence starts.
     """
 
     index: int

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 
 from runtime import models
-from runtime.copier import Copier, Request
+from runtime.copier import Arrival, Copier, Request
 from runtime.experts import OffloadedExperts, SlotExperts
 from runtime.lookahead import RouterGates, ranked
 from runtime.observe import EngineTimeline, Spans
@@ -170,7 +170,7 @@ class Engine:
             self.ledger.ttft_ns.append(elapsed)
         else:
             self.ledger.decode_ns.append(elapsed)
-            self.ledger.timed.append(True)
+            self.ledger.timed.append(1)
 
     def finish(self) -> Ledger:
         """Wait for the link, count what was copied in vain, and return the ledger."""
@@ -181,6 +181,8 @@ class Engine:
         counts[DECODE].wasted_bytes = max(0, stats.demand_bytes + stats.prefetch_bytes - used)
         for c in counts:
             c.h2d_bytes = (c.demand_loads + c.prefetch_used) * self.store.expert_bytes + c.wasted_bytes
+        if self.timeline:
+            self.timeline.end(counts[DECODE].wasted_bytes)
         return self.ledger
 
     # --- one visit --------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Engine:
     def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Plan, copy and compute one MoE layer: hidden [T, H], ids and weights [T, K] -> [T, H]."""
         tokens = hidden.shape[0]
-        looking = self._gates is not None and (self._record_all or (self._phase == DECODE and tokens == 1))
+        looking = self._gates is not None and (self._record_all or (tokens == 1 and self.planner.looks(self._phase)))
         id_rows = ids.tolist()
         before_gates = time.monotonic_ns()
         scores = self._gates.scores(layer, hidden) if looking and self._gates else None
@@ -201,6 +203,8 @@ class Engine:
         self._index += 1
         self._starts_sequence = False
         plan = self.planner.plan(visit)
+        if self.timeline:
+            self.timeline.planned(plan, time.monotonic_ns(), self.planner.resident_slots, self.store.expert_bytes)
         waiting = self._issue(plan, known)
         planned = time.monotonic_ns()
         started = self._mark
@@ -240,7 +244,7 @@ class Engine:
         waiting: dict[int, int] = {}
         for load in plan.claimed:
             if self._there.get(load.number, known + 1) <= known:
-                self._use(load, self._there.pop(load.number))
+                del self._there[load.number]
                 phase.hits += 1
             else:
                 phase.late += 1
@@ -253,19 +257,13 @@ class Engine:
             list(waiting.values()),
             [self._request(load) for load in at_once],
             [self._request(load) for load in plan.prefetch],
-            self._write_back(plan),
+            plan.written_back() if self.options.write_back else [],
         )
         if self.timeline:
             self.timeline.issued((*at_once, *plan.prefetch), time.monotonic_ns())
         for load in at_once:
             waiting[load.expert] = load.number
         return waiting
-
-    def _write_back(self, plan: Plan) -> list[int]:
-        """Slots whose experts are copied to the host: those of every victim, if the run asks for it."""
-        if not self.options.write_back:
-            return []
-        return plan.displaced + [load.slot for load in (*plan.demand, *plan.prefetch) if load.evicted is not None]
 
     def _copy_serially(self, loads: list[Load], write_back: list[int], start: int) -> int:
         """Both directions in turn, with nothing else going on since ``start``; returns when it ended."""
@@ -274,23 +272,30 @@ class Engine:
         if write_back:
             self._copier.apply(write_back=write_back)
             self._copier.drain()
+            if self.timeline:
+                self.timeline.written_back(start, time.monotonic_ns())
         if loads:
             self._copier.apply(demand=[self._request(load) for load in loads])
+            if self.timeline:
+                self.timeline.issued(loads, time.monotonic_ns())
             self._copier.drain()
-            self._copier.arrived()
+            for arrival in self._copier.arrived():
+                if self.timeline:
+                    self.timeline.arrived(arrival.load, arrival.end_ns)
         end = time.monotonic_ns()
         self.ledger.phases[self._phase].stall_miss_ns += end - start
-        if self.timeline:
-            self.timeline.serial(start, end)
+        if self.timeline and end > start:
+            self.timeline.compute(f"stall {loads[0].layer}" if loads else "stall", start, end)
         return end
 
-    def _use(self, load: Load, end_ns: int) -> None:
+    def _arrived(self, arrival: Arrival) -> None:
+        self._there[arrival.load] = arrival.end_ns
         if self.timeline:
-            self.timeline.arrived(load.number, load.layer, load.expert, end_ns)
+            self.timeline.arrived(arrival.load, arrival.end_ns)
 
     def _collect(self) -> None:
         for arrival in self._copier.arrived():
-            self._there[arrival.load] = arrival.end_ns
+            self._arrived(arrival)
 
     def _compute(
         self,
@@ -318,11 +323,12 @@ class Engine:
             if self.spans is not None:
                 self.spans.expert.append((tokens, end - start))
             if self.timeline:
-                self.timeline.compute(f"expert {visit.layer}.{expert}", start, end)
+                self.timeline.expert(visit.layer, expert, start, end)
             return end
 
         if not self.options.copy_stream:
-            at = self._copy_serially([*plan.demand, *plan.prefetch], self._write_back(plan), at)
+            write_back = plan.written_back() if self.options.write_back else []
+            at = self._copy_serially([*plan.demand, *plan.prefetch], write_back, at)
         at_once = self.options.stream_slots if self.options.copy_stream else 0
         queued = deque(plan.stream[at_once:])
         loads = {load.expert: load for load in (*plan.claimed, *plan.demand, *plan.stream)}
@@ -339,8 +345,7 @@ class Engine:
             if expert is None:
                 start = at
                 while expert is None:
-                    arrival = self._copier.wait()
-                    self._there[arrival.load] = arrival.end_ns
+                    self._arrived(self._copier.wait())
                     expert = self._next_arrived(waiting)
                 at = time.monotonic_ns()
                 if loads[expert].kind == PREFETCH:
@@ -349,7 +354,7 @@ class Engine:
                     phase.stall_miss_ns += at - start
                 if self.timeline:
                     self.timeline.compute(f"stall {visit.layer}", start, at)
-            self._use(loads[expert], self._there.pop(waiting.pop(expert)))
+            del self._there[waiting.pop(expert)]
             at = compute(expert, at)
             if loads[expert].kind == STREAM and queued:
                 load = queued.popleft()
@@ -394,6 +399,11 @@ def check_options(options: Options) -> None:
     """
     if future := options.needs_future():
         raise SpecError(f"{', '.join(future)} needs the future, which only a replay knows; use it in the simulator")
+    cache = options.cache
+    if hasattr(cache.module, "fit") or hasattr(cache.module, "sizes"):
+        raise SpecError(f"cache {cache.name!r} is fitted to a trace beforehand, which the engine has not; simulate it")
+    if hasattr(options.miss_rule.module, "loads"):
+        raise SpecError(f"miss={options.miss} computes experts on the host, which the engine does not; simulate it")
     if options.prefetches and parse(options.predictor).name not in PREDICTORS:
         raise SpecError(
             f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import IO
 
-from sim.ledger import Timeline
-from sim.planner import Load
+from sim.planner import PREFETCH, Load, Plan
+from sim.timeline import COMPUTE, D2H, Residents, Timeline
 
 
 @dataclass
@@ -26,20 +26,22 @@ class Spans:
 
 
 class EngineTimeline:
-    """An engine's run as slices on the tracks the simulator's timeline has; passes follow each other without a gap.
+    """An engine's run on the tracks the simulator's timeline has; passes follow each other without a gap.
 
-    The link reports when a load has arrived, not when it began: a copy is shown from its issue, or from the arrival
-    before it if that was later.
+    The link reports when a load has arrived, not when it began: a load is shown from its issue, or from the arrival
+    before it if that was later, and a retracted one not at all. The queue counter holds loads on their way, the one on
+    the wire included.
 
     Args:
+        stream: text file that gets the document.
         process: name of the whole.
     """
 
-    def __init__(self, process: str) -> None:
-        self.timeline = Timeline(process)
+    def __init__(self, stream: IO[str], process: str) -> None:
+        self.timeline = Timeline(stream, process)
         self._origin = 0
         self._elapsed = 0
-        self._issued: dict[int, int] = {}
+        self._issued: dict[int, tuple[Load, int]] = {}
         self._link_free = 0
 
     def begin_pass(self, start_ns: int) -> None:
@@ -50,29 +52,44 @@ class EngineTimeline:
         """It took ``elapsed_ns``."""
         self._elapsed += elapsed_ns
 
+    def end(self, wasted: int) -> None:
+        """The run ends; ``wasted`` bytes were copied in vain."""
+        self.timeline.end(self._elapsed, wasted)
+
     def compute(self, name: str, start_ns: int, end_ns: int) -> None:
         """One slice of the computing thread (monotonic clock)."""
-        self.timeline.slice("compute", name, start_ns - self._origin, end_ns - self._origin)
+        self.timeline.slice(COMPUTE, name, start_ns - self._origin, end_ns - self._origin)
 
-    def serial(self, start_ns: int, end_ns: int) -> None:
-        """Copies with which nothing else went on."""
-        self.timeline.slice("link H2D", "serial", start_ns - self._origin, end_ns - self._origin)
+    def expert(self, layer: int, expert: int, start_ns: int, end_ns: int) -> None:
+        """A routed expert is computed."""
+        self.timeline.expert(layer, expert, start_ns - self._origin, end_ns - self._origin)
+
+    def planned(self, plan: Plan, at_ns: int, residents: Residents, expert_bytes: int) -> None:
+        """See `Timeline.planned`."""
+        for load in plan.retract:
+            self._issued.pop(load.number, None)
+            self.timeline.dropped(load.number, at_ns - self._origin, 0)
+        self.timeline.planned(plan, at_ns - self._origin, residents, expert_bytes)
+
+    def written_back(self, start_ns: int, end_ns: int) -> None:
+        """Copies to the host with which nothing else went on."""
+        self.timeline.slice(D2H, "serial", start_ns - self._origin, end_ns - self._origin)
 
     def issued(self, loads: Iterable[Load], at_ns: int) -> None:
         """These loads were handed to the copier."""
-        self._issued.update((load.number, at_ns) for load in loads)
+        self._issued.update((load.number, (load, at_ns)) for load in loads)
+        self._queues(at_ns)
 
-    def arrived(self, number: int, layer: int, expert: int, end_ns: int) -> None:
-        """A load that is used was there at ``end_ns``."""
-        start = min(end_ns, max(self._issued.pop(number, end_ns), self._link_free))
+    def arrived(self, number: int, end_ns: int) -> None:
+        """A load was there at ``end_ns``; retracted ones are passed over."""
+        load, start = self._issued.pop(number, (None, 0))
+        if load is None:
+            return
+        start = min(end_ns, max(start, self._link_free))
         self._link_free = max(self._link_free, end_ns)
-        self.timeline.slice("link H2D", f"{layer}.{expert}", start - self._origin, end_ns - self._origin)
+        self.timeline.copied(load, start - self._origin, end_ns - self._origin)
+        self._queues(end_ns)
 
-
-def merged(timelines: Sequence[Timeline]) -> str:
-    """One document in Chrome's trace format, each timeline a process of its own, in this order."""
-    events = []
-    for number, timeline in enumerate(timelines, 1):
-        for event in json.loads(timeline.text())["traceEvents"]:
-            events.append(json.dumps(event | {"pid": number}, separators=(",", ":")))
-    return '{"displayTimeUnit":"ns","traceEvents":[\n' + ",\n".join(events) + "\n]}\n"
+    def _queues(self, at_ns: int) -> None:
+        early = sum(load.kind == PREFETCH for load, _ in self._issued.values())
+        self.timeline.queues(at_ns - self._origin, len(self._issued) - early, early)

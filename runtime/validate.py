@@ -14,10 +14,11 @@ import io
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -27,15 +28,16 @@ import traces
 from runtime import calibrate, models, prompts, provenance
 from runtime.copier import CopierError
 from runtime.engine import Engine, check_options, paced
-from runtime.observe import EngineTimeline, merged
+from runtime.observe import EngineTimeline
 from runtime.store import HostStore
 from runtime.verdict import average, first_divergence, judge, recheck, replayed
 from sim.experiment import Setting, summary
-from sim.ledger import LoadLog, Timeline
+from sim.ledger import LoadLog
 from sim.machine import HardwareProfile, load_machine
 from sim.planner import check_slots
 from sim.run import read_choice, written
 from sim.spec import Options, SpecError, comparable
+from sim.timeline import Timeline, merge
 from traces import Trace
 from traces.cli import Parser
 
@@ -91,7 +93,7 @@ class Validation:
         self.asked = asked
         self.tokens = tokens
         self.seed = seed
-        self.timelines: list[Timeline] | None = [] if timelines else None
+        self.timelines: list[IO[str]] | None = [] if timelines else None
         self._stores: dict[int, HostStore] = {}
 
     def measure(self, cell: Cell) -> None:
@@ -111,7 +113,7 @@ class Validation:
         ) as engine:
             engine.ledger.log = LoadLog(log)
             if self.timelines is not None and not cell.runs:
-                engine.timeline = EngineTimeline(f"measured: {cell.name}")
+                engine.timeline = EngineTimeline(scratch(), f"measured: {cell.name}")
                 cell.timeline = engine.timeline.timeline
             for number, prompt in enumerate(self.asked):
                 ids = engine.tokenizer.encode(prompt.text)
@@ -133,11 +135,14 @@ class Validation:
         """The cell's JSON object: measured (mean over repeats), simulated, errors, load logs."""
         assert cell.trace is not None
         log = io.StringIO()
-        timeline = Timeline(f"simulated: {cell.name}") if self.timelines is not None else None
+        timeline = Timeline(scratch(), f"simulated: {cell.name}") if self.timelines is not None else None
         machine = paced(self.profile, cell.gb_s)
         simulated = replayed(cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline)
         if self.timelines is not None:
-            self.timelines += [t for t in (cell.timeline, timeline) if t is not None]
+            for drawn in (cell.timeline, timeline):
+                if drawn is not None:
+                    drawn.close()
+                    self.timelines.append(drawn.stream)
         measured = average(cell.runs) | {"bounds": simulated["bounds"]}
         times = [run["tpot_s"] for run in cell.runs]
         found = (first_divergence(ours, log.getvalue()) for ours in cell.logs)
@@ -161,6 +166,11 @@ class Validation:
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
+
+
+def scratch() -> IO[str]:
+    """A nameless text file that is gone when nobody holds it."""
+    return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
 def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile, repeats: int) -> None:
@@ -299,7 +309,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if work.timelines is not None:
         with written(args.timeline) as file:
             assert file is not None
-            file.write(merged(work.timelines))
+            merge(work.timelines, file)
     if args.out:
         for number, (cell, result) in enumerate(zip(cells, compared, strict=True)):
             assert cell.trace is not None

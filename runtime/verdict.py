@@ -12,9 +12,9 @@ from typing import IO, Any
 import traces
 from runtime.engine import paced
 from sim.experiment import Experiment, Setting
-from sim.ledger import Timeline
 from sim.machine import HardwareProfile, machine_from
 from sim.spec import Options, options
+from sim.timeline import Timeline
 from traces import Trace
 
 

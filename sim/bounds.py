@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-
-import numpy as np
-import numpy.typing as npt
 
 from sim.machine import HardwareProfile
 from sim.timing import Timing, copy_ns
-from traces import PREFILL, Trace
+from traces import Trace
 
 
-def timed_passes(trace: Trace) -> list[bool]:
-    """For every forward pass, whether it counts into TPOT: decode, but not a sequence's very first pass."""
-    seen: set[int] = set()
-    timed = []
-    for forward in trace.passes():
-        timed.append(forward.phase != PREFILL and forward.sequence in seen)
-        seen.add(forward.sequence)
-    return timed
+def timed_passes(trace: Trace) -> list[int]:
+    """For every forward pass, how many of its tokens count into TPOT: decode, but not a sequence's very first pass."""
+    return [forward.following for forward in trace.passes()]
 
 
 def all_resident_ns(trace: Trace, timing: Timing) -> int:
-    """Compute of all timed passes when every expert is on the device: no copies, no host, no lookahead gates."""
+    """Compute of all timed passes when every expert is on the device: no copies, no host, no lookahead gates.
+
+    A pass counts once for each of its tokens that counts into TPOT.
+    """
     timed = timed_passes(trace)
     layers = trace.model.num_layers
     total = 0
@@ -33,10 +28,10 @@ def all_resident_ns(trace: Trace, timing: Timing) -> int:
         for _ in range(layers):
             visit = next(visits)
             if counts:
-                total += timing.dense_ns(visit.tokens, visit.context) + timing.shared_ns
-                total += sum(timing.expert_ns(n) for n in visit.counts)
+                total += counts * (timing.dense_ns(visit.tokens, visit.context) + timing.shared_ns)
+                total += counts * sum(timing.expert_ns(n) for n in visit.counts)
         if counts:
-            total += timing.head_ns(forward.tokens)
+            total += counts * timing.head_ns(forward.tokens)
     return total
 
 
@@ -45,6 +40,7 @@ def fewest_loads(trace: Trace, sizes: Sequence[int], landing_slots: int) -> int:
 
     The larger of two relaxations, each Belady with bypass from the best possible content at the start of every run of
     consecutive timed passes: every layer alone with its cache slots and all landing slots; and all slots as one pool.
+    Where all layers share one pool (one size), the second alone.
     Keeping an expert from one use to the next occupies one place over that interval; dropping the interval that ends
     last whenever too many overlap keeps the most of them.
     """
@@ -66,12 +62,13 @@ def fewest_loads(trace: Trace, sizes: Sequence[int], landing_slots: int) -> int:
                 per_layer[layer][-1].append(visit.experts)
                 pooled[-1].append([layer * experts + e for e in visit.experts])
         previous = counts
+    together = sum(_segment_loads(segment, sum(sizes) + landing_slots) for segment in pooled)
+    if len(sizes) < layers:
+        return together
     alone = sum(
         _segment_loads(segment, sizes[layer] + landing_slots) for layer in range(layers) for segment in per_layer[layer]
     )
-    if not landing_slots:
-        return alone
-    return max(alone, sum(_segment_loads(segment, sum(sizes) + landing_slots) for segment in pooled))
+    return max(alone, together) if landing_slots else alone
 
 
 def _segment_loads(visits: list[list[int]], capacity: int) -> int:
@@ -102,24 +99,36 @@ def _segment_loads(visits: list[list[int]], capacity: int) -> int:
     return loads
 
 
+def with_host_ns(trace: Trace, timing: Timing, resident_ns: int, link_ns: int, loads: int) -> tuple[int, int]:
+    """Both floors when the host may compute experts: (compute, link), each at the best split between the two.
+
+    The host takes the work that is cheapest for it compared with the device, or with the link, at that rate throughout.
+    """
+    most = max((forward.tokens for forward in trace.passes() if forward.following), default=1)
+    rates = [timing.expert_ns(n) / max(1, timing.host_expert_ns(n)) for n in range(1, most + 1)]
+    quickest_ns = min(timing.host_expert_ns(n) for n in range(1, most + 1))
+    compute_ns = int(resident_ns / (1 + max(rates)))
+    if not loads or not quickest_ns:
+        return compute_ns, 0
+    return compute_ns, int(loads / (loads / link_ns + 1 / quickest_ns)) if link_ns else 0
+
+
 def link_floor_ns(loads: int, machine: HardwareProfile, expert_bytes: int) -> int:
     """Time the link needs for ``loads`` experts with the fastest chunking: one copy each."""
     return loads * copy_ns(expert_bytes, machine.link.h2d_gb_s, machine.link.h2d_fixed_s)
 
 
-def next_use_tables(trace: Trace) -> list[npt.NDArray[np.int64]]:
-    """For every layer, int64 [visits + 1, experts]: the first visit of that layer, from this one on, routing it."""
-    model = trace.model
-    experts: list[list[list[int]]] = [[] for _ in range(model.num_layers)]
-    for visit in trace.visits():
-        experts[visit.layer].append(visit.experts)
-    return [_next_use(visits, model.num_experts) for visits in experts]
-
-
-def _next_use(visits: Sequence[Iterable[int]], num_experts: int) -> npt.NDArray[np.int64]:
+def next_uses(trace: Trace) -> tuple[list[int], list[int]]:
+    """The future: the first visit that routes each x = layer * experts + expert, and for every access of the replay, in
+    order, the next visit that routes that expert; 1 << 40 for never."""
     never = 1 << 40
-    table = np.full((len(visits) + 1, num_experts), never, np.int64)
-    for index in range(len(visits) - 1, -1, -1):
-        table[index] = table[index + 1]
-        table[index, list(visits[index])] = index
-    return table
+    experts = trace.model.num_experts
+    upcoming = [never] * (trace.model.num_layers * experts)
+    following: list[int] = []
+    for visit in reversed(list(trace.visits())):
+        base = visit.layer * experts
+        for expert in reversed(visit.experts):
+            following.append(upcoming[base + expert])
+            upcoming[base + expert] = visit.index
+    following.reverse()
+    return upcoming, following

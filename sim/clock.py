@@ -1,134 +1,299 @@
-"""The virtual link clock: the timeline of a run by arithmetic alone, advanced plan by plan from the profile.
+"""One visit from its routing to its end: decisions, and their times on the planner's virtual link clock.
 
-It follows the same rules as the SimPy driver, without events; the two must agree to the nanosecond.
+The clock is the SimPy driver's timeline by arithmetic alone: the same rules, the same integer nanoseconds. It advances by
+the profile, so every driver sees the same plans.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from sim import decide, wire
+from sim.decide import Rules
+from sim.plugin import Misses
+from sim.state import (
+    ACTIVE,
+    APPETITE,
+    CLAIMED,
+    CLAIM_HITS,
+    CLAIMS,
+    DEMANDED,
+    DISPLACED,
+    EFFECTS,
+    HANDED,
+    HOST_END,
+    HOST_NEXT,
+    HOSTED,
+    LENT,
+    LIMIT,
+    LINK_NOW,
+    LOOKING,
+    NEVER,
+    NOW,
+    PLANNED,
+    PREFETCHES,
+    RESIDENT,
+    RETRACTS,
+    SERIAL_COPIES,
+    STALL_LATE,
+    STALL_MISS,
+    STREAMED,
+    WASTED,
+    Config,
+    State,
+    Times,
+    Wire,
+)
 
-from sim.link import NEVER, Copy, Link
-from sim.plugin import LinkView
-from sim.spec import Options
-from sim.timing import Timing
 
-if TYPE_CHECKING:
-    from sim.planner import Load, Plan
+def visit(
+    s: State,
+    w: Wire,
+    c: Config,
+    t: Times,
+    rules: Rules,
+    index: int,
+    layer: int,
+    decode: bool,
+    opens: bool,
+    cold: bool,
+    routed: int,
+    used: int,
+    dense_ns: int,
+    head_ns: int,
+) -> None:
+    """Plan one visit, whose experts, tokens and guesses stand in the state's input tables, and let its time pass.
 
-
-class Clock:
-    """Virtual time, and a virtual link that carries what the planner has issued.
-
-    Args:
-        timing: times of every operator.
-        options: copy stream, write-back and what is in flight at once.
+    ``routed`` experts take part, the first ``used`` of them were routed (fewer only where whole layers are loaded).
+    ``opens``: a sequence starts; ``cold``: and the caches are emptied. ``head_ns``: after the last layer, else 0.
     """
-
-    def __init__(self, timing: Timing, options: Options) -> None:
-        self.timing = timing
-        self.options = options
-        self.now = 0
-        self.link = Link(timing.chunks, options.max_submitted, timing.write_back_ns)
-        self._copies: dict[int, Copy] = {}
-        self._planned = 0
-        self._effects = 0
-
-    def begin(self, plan: Plan) -> None:
-        """Up to the end of this plan: the routing is known, its demand loads and joins are in the link's hands."""
-        visit = plan.visit
-        self._planned = self.now + self.timing.routed_ns(visit.tokens, visit.context) + self.timing.host_ns
-        self._effects = self._planned + self.timing.wake_ns
-        if not self.options.copy_stream:
-            return
-        self.link.advance(self._effects)
-        self._retract(plan)
-        for load in plan.claimed:
-            self.link.join(self._copies[load.number])
-        for load in plan.demand:
-            self.link.demand(self._copy(load))
-        for load in plan.stream[: self.options.stream_slots]:
-            self.link.demand(self._copy(load))
-
-    def view(self, distance: int) -> LinkView:
-        """What a policy may know of the link now."""
-        return LinkView(
-            self.link.backlog_ns(),
-            self.timing.chunks.total_ns(),
-            self.timing.chunks.full_ns,
-            self.options.max_submitted,
-            self.window_ns(distance),
-        )
-
-    def window_ns(self, distance: int) -> int:
-        """Expected time from now until the routing ``distance`` layers on is known."""
-        plain = self.timing.plain_visit_ns()
-        demand = self.link.backlog_ns(demand_only=True)
-        this_visit = self.timing.model.top_k * self.timing.expert_ns(1)
-        return max(demand + self.timing.expert_ns(1) if demand else 0, this_visit) + plain * distance - this_visit
-
-    def finish(self, plan: Plan) -> None:
-        """Issue the prefetches and go on to the end of the visit."""
-        visit = plan.visit
-        timing = self.timing
-        if not self.options.copy_stream:
-            self.now = self._serial(plan)
+    n = s.n
+    looking = decode and n[LOOKING] > 0
+    decide.begin_plan(s, c, index, layer, opens and cold)
+    decide.mark(s, c, index, layer, routed, used)
+    if opens:
+        decide.forget_sequence(s, c)
+    if c.trust:
+        decide.score_guesses(s, c, index, layer)
+    if s.pending_count[layer]:
+        decide.judge(s, c, index, layer)
+    if c.lends:
+        if n[ACTIVE] == 0:
+            if n[LENT] < n[LIMIT]:
+                decide.lend(s, c)
+        elif n[LENT]:
+            decide.reclaim(s, c, rules, index)
+    n[PLANNED] = n[NOW] + dense_ns + t.sync_ns + t.host_ns + (t.gates_ns if looking else 0)
+    n[EFFECTS] = n[PLANNED] + t.wake_ns
+    if c.clock and c.copy_stream:
+        wire.advance(w, t, n[EFFECTS])
+    loads = routed
+    if c.has_rule:
+        loads = loads_of_misses(s, w, c, t, rules, layer, routed, used)
+    decide.place(s, c, rules, index, layer, routed, loads)
+    if n[CLAIMS] > 1:
+        decide.sort_claims(s, layer * c.experts)
+    decide.remember(s, c, rules, index, layer, used)
+    if c.clock and c.copy_stream:
+        hand_over(s, w, c, t, layer, index, routed)
+    if looking:
+        decide.note_guesses(s, c, index, layer)
+        look_ahead(s, w, c, t, rules, index, layer)
+    if c.clock:
+        if c.copy_stream:
+            begin_early(s, w, c, t)
+            n[NOW] = compute(s, w, c, t, layer, index, routed) + head_ns
         else:
-            self._retract(plan)
-            for load in plan.prefetch:
-                self.link.prefetch(self._copy(load))
-            if self.options.write_back:
-                for _ in range(plan.victims()):
-                    self.link.write_back()
-            self.now = self._compute(plan)
-        if visit.layer == timing.model.num_layers - 1:
-            self.now += timing.head_ns(visit.tokens)
+            n[NOW] = serial(s, c, t, routed) + head_ns
 
-    def _copy(self, load: Load) -> Copy:
-        copy = Copy(load.layer, load.expert, self.timing.chunks.number, load.key)
-        self._copies[load.number] = copy
-        return copy
 
-    def _retract(self, plan: Plan) -> None:
-        for load in plan.retract:
-            copy = self._copies.pop(load.number, None)
-            if copy is not None:
-                self.link.retract(copy)
+def loads_of_misses(
+    s: State, w: Wire, c: Config, t: Times, rules: Rules, layer: int, routed: int, used: int
+) -> int:
+    """How many of the visit's misses are loaded; the host computes the others."""
+    number = decide.missing(s, c, layer, routed)
+    if number == 0:
+        return 0
+    tokens = 0
+    for i in range(used):
+        tokens += s.counts[i]
+    each = max(1, tokens // used)
+    free = s.free_count[decide.group_of(c, layer)]
+    misses = Misses(
+        number,
+        free,
+        wire.backlog_ns(w, t, -1),
+        t.load_ns,
+        t.expert_ns[each],
+        t.host_expert_ns[each],
+        t.host_shared_ns[each],
+    )
+    return decide.loads_for(rules, misses)
 
-    def _serial(self, plan: Plan) -> int:
-        """Without a copy stream: every copy in turn, both directions, then compute."""
-        loads = [*plan.demand, *plan.stream, *plan.prefetch]
-        now = self._planned + len(loads) * self.timing.chunks.total_ns()
-        if self.options.write_back:
-            now += self.timing.write_back_ns * plan.victims()
-        counts = plan.visit.counts
-        return now + self.timing.shared_ns + sum(self.timing.expert_ns(n) for n in counts)
 
-    def _compute(self, plan: Plan) -> int:
-        """Experts in order of arrival; streamed ones free their slot for the next."""
-        timing, visit, link = self.timing, plan.visit, self.link
-        count_of = dict(zip(visit.experts, visit.counts, strict=True))
-        now = self._planned + timing.shared_ns
-        known_at = self._planned - timing.host_ns
-        waiting: dict[int, Copy] = {}
-        for load in plan.claimed:
-            copy = self._copies.pop(load.number)
-            if copy.done_ns > known_at:
-                waiting[load.expert] = copy
-        for load in plan.demand + plan.stream[: self.options.stream_slots]:
-            waiting[load.expert] = self._copies.pop(load.number)
-        queued = plan.stream[self.options.stream_slots :]
-        streamed = {load.expert for load in plan.stream}
-        not_there = waiting.keys() | {load.expert for load in queued}
-        now += sum(timing.expert_ns(n) for expert, n in count_of.items() if expert not in not_there)
-        while waiting:
-            expert = min(waiting, key=lambda e: waiting[e].done_ns)
-            while waiting[expert].done_ns == NEVER:
-                link.advance(link.next_arrival())
-                expert = min(waiting, key=lambda e: waiting[e].done_ns)
-            now = max(now, waiting.pop(expert).done_ns) + timing.expert_ns(count_of[expert])
-            if expert in streamed and queued:
-                load = queued.pop(0)
-                link.advance(max(link.now, now + timing.wake_ns))
-                link.demand(self._copy(load))
-                waiting[load.expert] = self._copies.pop(load.number)
-        return now
+def hand_over(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, routed: int) -> None:
+    """The plan's effects on the link: retractions, joins, victims written back, demand loads, work for the host."""
+    n = s.n
+    base = layer * c.experts
+    for k in range(n[RETRACTS]):
+        n[WASTED] += wire.retract(w, t, s.retract_copy[k])
+    n[HANDED] = n[RETRACTS]
+    for k in range(n[CLAIMS]):
+        wire.join(w, s.early_copy[base + s.routed[s.claims[k]]])
+    if c.write_back:
+        for k in range(n[DISPLACED]):
+            wire.write_back(w, t, s.displaced[k])
+        for i in range(routed):
+            if s.evicted[i] >= 0 and s.fate[i] == DEMANDED:
+                wire.write_back(w, t, s.slot[i])
+    for i in range(routed):
+        if s.fate[i] == DEMANDED:
+            s.copies[i] = wire.new_copy(w, t, s.slot[i], index, 0.0, s.number[i])
+            wire.demand(w, s.copies[i])
+    at_once = 0
+    for i in range(routed):
+        if s.fate[i] == STREAMED and at_once < c.stream_slots:
+            s.copies[i] = wire.new_copy(w, t, s.slot[i], index, 0.0, s.number[i])
+            wire.demand(w, s.copies[i])
+            at_once += 1
+    for i in range(routed):
+        if s.fate[i] == HOSTED:
+            wire.host_expert(w, s.counts[i])
+
+
+def look_ahead(s: State, w: Wire, c: Config, t: Times, rules: Rules, index: int, layer: int) -> None:
+    """Value this visit's guesses on the virtual link, and issue what is worth it."""
+    n = s.n
+    this_visit = c.top_k * t.expert_ns[1]
+    demand_ns = wire.backlog_ns(w, t, -1)
+    stalled = max(demand_ns + t.expert_ns[1] if demand_ns else 0, this_visit) - this_visit
+    s.ahead[0] = wire.backlog_ns(w, t, NEVER)
+    for d in range(1, c.lookahead + 1):
+        s.ahead[d] = wire.backlog_ns(w, t, index + d)
+        s.window[d] = stalled + t.plain_ns * d
+    if n[ACTIVE]:
+        decide.issue_prefetches(s, c, rules, index, layer, t.load_ns, t.full_ns, t.max_submitted)
+    else:
+        found = decide.wanted(s, c, rules, layer, t.load_ns, t.full_ns, t.max_submitted)
+        best = 0.0
+        for k in range(found):
+            best = max(best, s.candidate_worth[k])
+        n[APPETITE] += int(best)
+
+
+def begin_early(s: State, w: Wire, c: Config, t: Times) -> None:
+    """The plan's prefetches are in the link's hands; what they retracted or evicted is gone."""
+    n = s.n
+    for k in range(n[HANDED], n[RETRACTS]):
+        n[WASTED] += wire.retract(w, t, s.retract_copy[k])
+    for k in range(n[PREFETCHES]):
+        x = s.prefetch_x[k]
+        if c.write_back and s.prefetch_evicted[k] >= 0:
+            wire.write_back(w, t, s.early_slot[x])
+        copy = wire.new_copy(w, t, s.early_slot[x], s.early_target[x], s.early_worth[x], s.early_number[x])
+        s.early_copy[x] = copy
+        wire.prefetch(w, copy)
+
+
+def serial(s: State, c: Config, t: Times, routed: int) -> int:
+    """Without a copy stream: every copy in turn, both directions, then compute; returns when the visit ends."""
+    n = s.n
+    loads = n[PREFETCHES]
+    victims = n[DISPLACED]
+    compute_ns = t.shared_ns
+    host_ns = 0
+    for i in range(routed):
+        if s.fate[i] == HOSTED:
+            host_ns += t.host_expert_ns[s.counts[i]]
+            continue
+        compute_ns += t.expert_ns[s.counts[i]]
+        if s.fate[i] == DEMANDED or s.fate[i] == STREAMED:
+            loads += 1
+        if s.fate[i] == DEMANDED and s.evicted[i] >= 0:
+            victims += 1
+    for k in range(n[PREFETCHES]):
+        if s.prefetch_evicted[k] >= 0:
+            victims += 1
+    copies_ns = loads * t.load_ns + (t.write_back_ns * victims if c.write_back else 0)
+    n[CLAIM_HITS] = n[CLAIMS]
+    n[SERIAL_COPIES] = loads
+    n[STALL_MISS] = copies_ns + host_ns
+    n[WASTED] = n[RETRACTS] * t.expert_bytes
+    return n[PLANNED] + copies_ns + host_ns + compute_ns
+
+
+def compute(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, routed: int) -> int:
+    """Experts in order of arrival; streamed ones free their slot for the next. Returns when the visit ends."""
+    n = s.n
+    base = layer * c.experts
+    now = n[PLANNED] + t.shared_ns
+    known_at = n[PLANNED] - t.host_ns
+    waiting = 0
+    streamed = 0
+    hosted = 0
+    for k in range(n[CLAIMS]):
+        i = s.claims[k]
+        s.copies[i] = s.early_copy[base + s.routed[i]]
+        if w.done[s.copies[i]] <= known_at:
+            now += t.expert_ns[s.counts[i]]
+            wire.free_copy(w, s.copies[i])
+            n[CLAIM_HITS] += 1
+        else:
+            s.waiting[waiting] = i
+            waiting += 1
+    for i in range(routed):
+        if s.fate[i] == RESIDENT:
+            now += t.expert_ns[s.counts[i]]
+        elif s.fate[i] == DEMANDED:
+            s.waiting[waiting] = i
+            waiting += 1
+        elif s.fate[i] == HOSTED:
+            hosted += 1
+    queued = routed
+    for i in range(routed):
+        if s.fate[i] == STREAMED:
+            if streamed == c.stream_slots:
+                queued = i
+                break
+            s.waiting[waiting] = i
+            waiting += 1
+            streamed += 1
+    while waiting:
+        best = first_done(s, w, waiting)
+        while w.done[s.copies[s.waiting[best]]] == NEVER:
+            wire.until_arrival(w, t)
+            best = first_done(s, w, waiting)
+        i = s.waiting[best]
+        stall_ns = max(0, w.done[s.copies[i]] - now)
+        n[STALL_LATE if s.fate[i] == CLAIMED else STALL_MISS] += stall_ns
+        now += stall_ns + t.expert_ns[s.counts[i]]
+        wire.free_copy(w, s.copies[i])
+        waiting -= 1
+        for k in range(best, waiting):
+            s.waiting[k] = s.waiting[k + 1]
+        if s.fate[i] == STREAMED and queued < routed:
+            wire.advance(w, t, max(w.i[LINK_NOW], now + t.wake_ns))
+            s.copies[queued] = wire.new_copy(w, t, s.slot[queued], index, 0.0, s.number[queued])
+            wire.demand(w, s.copies[queued])
+            s.waiting[waiting] = queued
+            waiting += 1
+            queued += 1
+            while queued < routed and s.fate[queued] != STREAMED:
+                queued += 1
+    if hosted:
+        while w.i[HOST_NEXT] < NEVER:
+            if w.i[HOST_NEXT] == w.i[LINK_NOW]:
+                wire.begin_on_host(w, t, w.i[LINK_NOW])
+            else:
+                wire.advance(w, t, w.i[HOST_NEXT])
+        stall_ns = max(0, w.i[HOST_END] - now)
+        n[STALL_MISS] += stall_ns
+        now += stall_ns
+    return now
+
+
+def first_done(s: State, w: Wire, waiting: int) -> int:
+    """Of the places waited for, the one whose bytes came first; the first of equals."""
+    best = 0
+    for k in range(1, waiting):
+        if w.done[s.copies[s.waiting[k]]] < w.done[s.copies[s.waiting[best]]]:
+            best = k
+    return best

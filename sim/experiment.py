@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import IO, Any
 
 import numpy as np
 
-from sim import bounds, registry
-from sim.ledger import Counts, Ledger, LoadLog, Timeline
+from sim import bounds, compiled, registry
+from sim.ledger import Counts, Ledger, LoadLog
 from sim.machine import HardwareProfile
-from sim.planner import Planner, layer_sizes
+from sim.planner import Fitted, Planner, group_sizes
 from sim.simpy_driver import Predict, Simulation
 from sim.spec import Options, Spec, SpecError, bind, options, parse
+from sim.timeline import Timeline
 from sim.timing import Timing
-from traces import DECODE, PREFILL, ModelSpec, Trace
+from traces import DECODE, PREFILL, Guesses, GuessTable, ModelSpec, Trace, Visit
+from traces.trace import merged
 
 
 @dataclass(frozen=True)
@@ -38,27 +42,80 @@ class Setting:
     context: int | None = None
 
 
-def predictor(setting: Setting) -> Predict | None:
-    """The guesses a policy asks for: a plug-in by name, or guesses recorded in the trace under that name.
+@lru_cache(maxsize=8)
+def guess_table(trace: Trace, text: str) -> GuessTable:
+    """The guesses of a predictor: a plug-in by name, or guesses recorded in the trace under that name.
 
     Raises:
         SpecError: neither.
     """
-    if not setting.options.prefetches:
-        return None
-    spec = parse(setting.options.predictor)
+    spec = parse(text)
     known = registry.plugins("predictor")
     if spec.name not in known:
-        if spec.name not in setting.trace.guesses:
-            recorded = ", ".join(setting.trace.guesses) or "none"
+        if spec.name not in trace.guesses:
+            recorded = ", ".join(trace.guesses) or "none"
             raise SpecError(
                 f"predictor {spec.name!r} is neither a plug-in ({', '.join(known)}) nor recorded in the trace "
                 f"({recorded})"
             )
         spec = Spec("recorded", {"name": spec.name})
     chosen = bind("predictor", spec)
-    predict: Predict = chosen.module.make(chosen.params, setting.trace)
-    return predict
+    table: GuessTable = chosen.module.table(chosen.params, trace)
+    return table
+
+
+def predictor(setting: Setting) -> Predict | None:
+    """The guesses a policy asks for, visit by visit; None for one that never prefetches.
+
+    Raises:
+        SpecError: as `guess_table`.
+    """
+    options, trace = setting.options, setting.trace
+    if not options.prefetches:
+        return None
+    table = guess_table(trace, options.predictor)
+    layers = trace.model.num_layers
+    reach = min(options.lookahead, table.ids.shape[2])
+    block = max(1, 4096 // max(1, layers))
+    begin, end = 0, 0
+    ids: list[Any] = []
+    scores: list[Any] = []
+
+    def guess(visit: Visit, row: int) -> list[Guesses]:
+        nonlocal begin, end, ids, scores
+        if row < begin or row + visit.tokens > end:
+            begin, end = row, row + max(visit.tokens, block)
+            ids = table.ids[begin:end, :, :reach].tolist()
+            scores = table.scores[begin:end, :, :reach].tolist()
+        here = row - begin
+        distances = reach if table.wrap else min(reach, layers - 1 - visit.layer)
+        if visit.tokens == 1:
+            found, sure = ids[here][visit.layer], scores[here][visit.layer]
+            return [Guesses(found[d], sure[d]) for d in range(distances)]
+        rows = range(here, here + visit.tokens)
+        return [
+            merged([ids[r][visit.layer][d] for r in rows], [scores[r][visit.layer][d] for r in rows])
+            for d in range(distances)
+        ]
+
+    return guess
+
+
+@lru_cache(maxsize=2)
+def _future(trace: Trace) -> tuple[list[int], list[int]]:
+    return bounds.next_uses(trace)
+
+
+def fitted(setting: Setting) -> Fitted:
+    """What the cache rule learns from the trace beforehand, and the future if it needs it."""
+    cache, trace = setting.options.cache, setting.trace
+    first_use: list[int] = []
+    following: list[int] = []
+    if cache.needs_future:
+        first_use, following = _future(trace)
+    table = cache.module.fit(cache.params, trace) if hasattr(cache.module, "fit") else []
+    sizes = cache.module.sizes(cache.params, trace, setting.slots) if hasattr(cache.module, "sizes") else []
+    return Fitted(table, sizes, first_use, following)
 
 
 def fit(model: ModelSpec, trace: Trace) -> ModelSpec:
@@ -80,10 +137,10 @@ def fit(model: ModelSpec, trace: Trace) -> ModelSpec:
 
 
 def planner(setting: Setting, timing: Timing, keep_time: bool = False) -> Planner:
-    """A fresh planner for one run; with the future, if its cache rule needs it."""
-    needs_future = setting.options.cache.needs_future
-    next_use = bounds.next_use_tables(setting.trace) if needs_future else None
-    return Planner(setting.model, setting.options, setting.slots, timing, next_use, keep_time, setting.cold_sequences)
+    """A fresh planner for one run."""
+    return Planner(
+        setting.model, setting.options, setting.slots, timing, fitted(setting), keep_time, setting.cold_sequences
+    )
 
 
 def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> Ledger:
@@ -101,6 +158,34 @@ def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | No
     return simulation.run()
 
 
+@lru_cache(maxsize=2)
+def _arrays(trace: Trace) -> compiled.Arrays:
+    return compiled.arrays_of(trace)
+
+
+@lru_cache(maxsize=8)
+def _guess_arrays(trace: Trace, predictor: str | None) -> compiled.GuessArrays:
+    return compiled.guess_arrays(guess_table(trace, predictor) if predictor else None, _arrays(trace))
+
+
+def compiled_replay(setting: Setting, log: IO[str] | None = None, logged: bool = True) -> Ledger:
+    """Run the compiled driver once; without ``logged`` the ledger's load log stays empty.
+
+    Raises:
+        NotCompilable: a plug-in numba cannot compile.
+        SpecError: numba is not installed.
+    """
+    trace, run = setting.trace, setting.options
+    timing = Timing(setting.machine, setting.model, setting.bits, run)
+    guessed = _guess_arrays(trace, run.predictor if run.prefetches else None)
+    lines = LoadLog(log) if logged else None
+    arrays = _arrays(trace)
+    found = compiled.run(
+        arrays, guessed, setting.model, run, setting.slots, timing, fitted(setting), setting.cold_sequences, lines
+    )
+    return compiled.ledger(found, arrays, lines)
+
+
 def pass_ends_ns(setting: Setting) -> list[int]:
     """End of every forward pass on the planner's virtual clock: the SimPy driver's times by arithmetic alone."""
     timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
@@ -111,10 +196,10 @@ def pass_ends_ns(setting: Setting) -> list[int]:
     for forward in setting.trace.passes():
         for _ in range(setting.model.num_layers):
             visit = next(visits)
-            if predict is not None:
+            if predict is not None and decide.looks(visit.phase):
                 visit.guesses = predict(visit, forward.first)
             decide.plan(visit)
-        ends.append(decide.clock.now)
+        ends.append(decide.now_ns)
     return ends
 
 
@@ -122,22 +207,45 @@ def quick_tpot_s(setting: Setting) -> float | None:
     """TPOT alone, without the SimPy driver; None when no pass is timed."""
     ends = pass_ends_ns(setting)
     starts = [0, *ends[:-1]]
-    timed = bounds.timed_passes(setting.trace)
-    lengths = [end - start for start, end, counts in zip(starts, ends, timed, strict=True) if counts]
-    return sum(lengths) / len(lengths) / 1e9 if lengths else None
+    weights = bounds.timed_passes(setting.trace)
+    total = sum((end - start) * weight for start, end, weight in zip(starts, ends, weights, strict=True))
+    return total / sum(weights) / 1e9 if any(weights) else None
+
+
+def _compiled_tpot_s(setting: Setting) -> float | None:
+    try:
+        ledger = compiled_replay(setting, logged=False)
+    except compiled.NotCompilable:
+        return quick_tpot_s(setting)
+    total = sum(ns * weight for ns, weight in zip(ledger.decode_ns, ledger.timed, strict=True))
+    return total / sum(ledger.timed) / 1e9 if any(ledger.timed) else None
 
 
 @dataclass
 class Experiment:
-    """Runs settings that share a trace, a machine and a model; references are simulated once and remembered."""
+    """Runs settings that share a trace, a machine and a model; references are simulated once and remembered.
+
+    Attributes:
+        references: simulate them too.
+        driver: ``simpy`` or ``compiled``; what cannot be compiled runs in SimPy, and its result says so.
+    """
 
     references: bool = True
+    driver: str = "simpy"
     _tpot: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
     def run(self, setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> dict[str, Any]:
         """The JSON object of one run (interface contract)."""
-        ledger = replay(setting, log, timeline)
-        result = summary(setting, ledger)
+        used = self.driver if timeline is None else "simpy"
+        if used == "compiled":
+            try:
+                ledger = compiled_replay(setting, log)
+            except compiled.NotCompilable as error:
+                print(error, file=sys.stderr)
+                used = "simpy"
+        if used == "simpy":
+            ledger = replay(setting, log, timeline)
+        result = summary(setting, ledger) | {"driver": used}
         self._tpot[_key(setting)] = result["tpot_s"]
         result["bounds"] = self._bounds(setting)
         floor, tpot = result["bounds"]["joint_floor_s"], result["tpot_s"]
@@ -148,17 +256,23 @@ class Experiment:
     def _bounds(self, setting: Setting) -> dict[str, float | None]:
         timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
         trace, run = setting.trace, setting.options
-        tokens = sum(bounds.timed_passes(trace))
+        weights = bounds.timed_passes(trace)
+        tokens = sum(weights)
         if not tokens:
             return dict.fromkeys(BOUNDS, 0.0)
         landing = run.landing_slots if run.prefetches else 0
-        loads = bounds.fewest_loads(trace, layer_sizes(setting.model, run, setting.slots), landing)
-        resident_s = bounds.all_resident_ns(trace, timing) / tokens / 1e9
-        link_s = bounds.link_floor_ns(loads, setting.machine, timing.expert_bytes) / tokens / 1e9
+        sizes = group_sizes(setting.model, run, setting.slots, fitted(setting).sizes)
+        loads = _fewest_loads(trace, tuple(sizes), landing)
+        resident_ns = bounds.all_resident_ns(trace, timing)
+        link_ns = bounds.link_floor_ns(loads, setting.machine, timing.expert_bytes)
+        compute_ns = resident_ns
+        if hasattr(run.miss_rule.module, "loads"):
+            compute_ns, link_ns = bounds.with_host_ns(trace, timing, resident_ns, link_ns, loads)
+        link_s = link_ns * min(weight for weight in weights if weight) / tokens / 1e9
         values: dict[str, float | None] = {
-            "all_resident_s": resident_s,
+            "all_resident_s": resident_ns / tokens / 1e9,
             "link_floor_s": link_s,
-            "joint_floor_s": max(resident_s, link_s),
+            "joint_floor_s": max(compute_ns / tokens / 1e9, link_s),
         }
         if self.references:
             values |= {name: self._reference(setting, name) for name in BOUNDS[3:]}
@@ -171,13 +285,18 @@ class Experiment:
         cache = "belady" if name.endswith("belady_s") else "lru"
         shared = {"landing_slots": run.landing_slots, "stream_slots": run.stream_slots}
         chunks = {"chunk_bytes": run.chunk_bytes, "max_submitted": run.max_submitted} if run.copy_stream else {}
-        text = f"speculative:lookahead={distance}" if distance else "on_demand"
+        text = f"perfect:lookahead={distance}" if distance else "on_demand"
         perfect = options(text, cache=cache, predictor=f"oracle:reach={max(1, distance)}", **shared, **chunks)
         other = replace(setting, options=perfect)
         key = _key(other)
         if key not in self._tpot:
-            self._tpot[key] = quick_tpot_s(other)
+            self._tpot[key] = quick_tpot_s(other) if self.driver == "simpy" else _compiled_tpot_s(other)
         return self._tpot[key]
+
+
+@lru_cache(maxsize=64)
+def _fewest_loads(trace: Trace, sizes: tuple[int, ...], landing_slots: int) -> int:
+    return bounds.fewest_loads(trace, sizes, landing_slots)
 
 
 BOUNDS = (
@@ -193,7 +312,7 @@ BOUNDS = (
 def _key(setting: Setting) -> tuple[Any, ...]:
     run = setting.options.replace(text="")
     plugins = (run.policy.text(), run.cache.text(), run.predictor if run.prefetches else "")
-    rest = (run.stale, run.landing_slots, run.stream_slots, run.write_back, run.copy_stream)
+    rest = (run.stale, run.miss, run.guarded, run.landing_slots, run.stream_slots, run.write_back, run.copy_stream)
     return (*plugins, *rest, run.chunk_bytes, run.max_submitted, setting.slots, setting.bits, setting.cold_sequences)
 
 
@@ -206,7 +325,7 @@ def memory(setting: Setting) -> tuple[int, int]:
     """Bytes on the device (dense weights, slots, KV cache) and on the host (every expert)."""
     model, run = setting.model, setting.options
     expert_bytes = model.expert_bytes(setting.bits)
-    slots = sum(layer_sizes(model, run, setting.slots)) + run.stream_slots
+    slots = sum(group_sizes(model, run, setting.slots)) + run.stream_slots
     slots += run.landing_slots if run.prefetches else 0
     kv_bytes = model.kv_bytes * model.num_layers * context_tokens(setting)
     return model.dense_bytes + slots * expert_bytes + kv_bytes, model.num_layers * model.num_experts * expert_bytes
@@ -228,8 +347,8 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
     trace, run = setting.trace, setting.options
     decode, prefill = ledger.phases[DECODE], ledger.phases[PREFILL]
     timing = Timing(setting.machine, setting.model, setting.bits, run)
-    timed = [ns for ns, counts in zip(ledger.decode_ns, ledger.timed, strict=True) if counts]
-    tpot_s = sum(timed) / len(timed) / 1e9 if timed else None
+    timed = np.repeat(ledger.decode_ns, ledger.timed) if ledger.decode_ns else np.empty(0)
+    tpot_s = sum(timed.tolist()) / len(timed) / 1e9 if len(timed) else None
     measured = timing.measured
     vram_bytes, host_bytes = memory(setting)
     return {
@@ -245,15 +364,14 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
         **phase_keys(decode),
         "ttft_s": float(np.mean(ledger.ttft_ns)) / 1e9 if ledger.ttft_ns else None,
         "tpot_s": tpot_s,
-        "itl_p50_s": float(np.percentile(timed, 50)) / 1e9 if timed else None,
-        "itl_p99_s": float(np.percentile(timed, 99)) / 1e9 if timed else None,
+        "itl_p50_s": float(np.percentile(timed, 50)) / 1e9 if len(timed) else None,
+        "itl_p99_s": float(np.percentile(timed, 99)) / 1e9 if len(timed) else None,
         "tokens_per_s": 1 / tpot_s if tpot_s else None,
         "vram_bytes": vram_bytes,
         "host_bytes": host_bytes,
         "regime": regime(decode),
         "evidence": "SIMULATED" if measured and setting.machine.evidence.startswith("MEASURED") else "ESTIMATED",
         "routing": trace.routing,
-        "driver": "simpy",
         "load_log_sha256": ledger.log.sha256,
         "landing_slots": run.landing_slots,
         "stream_slots": run.stream_slots,
@@ -276,6 +394,7 @@ def phase_keys(counts: Counts) -> dict[str, Any]:
         "hits": counts.hits,
         "late": counts.late,
         "misses": counts.misses,
+        "host_computed": counts.host_computed,
         "demand_loads": counts.demand_loads,
         "prefetch_loads": loads,
         "prefetch_used": counts.prefetch_used,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -22,6 +21,7 @@ class Counts:
     hits: int = 0
     late: int = 0
     misses: int = 0
+    host_computed: int = 0
     demand_loads: int = 0
     prefetch_loads: int = 0
     prefetch_used: int = 0
@@ -37,15 +37,18 @@ class Counts:
     def planned(self, plan: Plan) -> None:
         """Count what a plan decided; hits and late of its claims are the driver's to tell (by clock)."""
         visit = plan.visit
-        self.accesses += len(visit.experts)
+        accesses, resident, claimed = len(visit.experts), len(plan.resident), len(plan.claimed)
+        self.accesses += accesses
         self.token_accesses += sum(visit.counts)
-        missed = len(plan.demand) + len(plan.stream)
-        self.misses += missed
-        self.demand_loads += missed
-        self.hits += len(plan.resident)
-        self.prefetch_loads += len(plan.prefetch)
-        self.prefetch_used += len(plan.claimed)
-        self.retracted += len(plan.retract)
+        self.hits += resident
+        self.misses += accesses - resident - claimed
+        if accesses > resident:
+            self.prefetch_used += claimed
+            self.demand_loads += len(plan.demand) + len(plan.stream)
+            self.host_computed += len(plan.host)
+        if plan.prefetch or plan.retract:
+            self.prefetch_loads += len(plan.prefetch)
+            self.retracted += len(plan.retract)
 
 
 class LoadLog:
@@ -62,17 +65,25 @@ class LoadLog:
 
     def record(self, plan: Plan) -> None:
         """Append all lines of one plan: retractions, demand, streamed, prefetches."""
+        if not (plan.demand or plan.prefetch or plan.retract or plan.stream):
+            return
         visit = plan.visit.index
         for load in plan.retract:
-            self._line(visit, load, RETRACT, None)
+            self.line(visit, load.layer, load.expert, RETRACT, load.slot, None)
         for load in (*plan.demand, *plan.stream, *plan.prefetch):
-            self._line(visit, load, load.kind, load.evicted)
+            gone = None if load.evicted is None else (load.evicted_layer, load.evicted)
+            self.line(visit, load.layer, load.expert, load.kind, load.slot, gone)
 
-    def _line(self, visit: int, load: Load, kind: str, evicted: int | None) -> None:
-        gone = "null" if evicted is None else evicted
+    def line(
+        self, visit: int, layer: int, expert: int, kind: str, slot: int, evicted: tuple[int, int] | None
+    ) -> None:
+        """Append one load; ``evicted``: layer and expert that lost the slot."""
+        gone = "null" if evicted is None else str(evicted[1])
+        if evicted is not None and evicted[0] != layer:
+            gone += f', "evicted_layer": {evicted[0]}'
         line = (
-            f'{{"visit": {visit}, "layer": {load.layer}, "expert": {load.expert}, "kind": "{kind}", '
-            f'"slot": {load.slot}, "evicted": {gone}}}\n'
+            f'{{"visit": {visit}, "layer": {layer}, "expert": {expert}, "kind": "{kind}", "slot": {slot}, '
+            f'"evicted": {gone}}}\n'
         )
         self._hash.update(line.encode())
         self.lines += 1
@@ -90,37 +101,13 @@ class Ledger:
 
     Attributes:
         phases: counts of prefill (0) and decode (1).
-        decode_ns: duration of every decode pass, in order; ``timed`` says which count into TPOT.
+        decode_ns: duration of every decode pass, in order.
+        timed: of every decode pass, how many of its tokens count into TPOT (not a sequence's first).
         ttft_ns: duration of every prefill.
     """
 
     phases: tuple[Counts, Counts] = field(default_factory=lambda: (Counts(), Counts()))
     decode_ns: list[int] = field(default_factory=list)
-    timed: list[bool] = field(default_factory=list)
+    timed: list[int] = field(default_factory=list)
     ttft_ns: list[int] = field(default_factory=list)
     log: LoadLog = field(default_factory=LoadLog)
-
-
-class Timeline:
-    """Slices in Chrome's trace format, for Perfetto; tracks appear in order of first use."""
-
-    def __init__(self, process: str) -> None:
-        self._events: list[str] = [_meta("process_name", 0, process)]
-        self._tracks: dict[str, int] = {}
-
-    def slice(self, track: str, name: str, start_ns: int, end_ns: int) -> None:
-        """One slice on a track, nanoseconds from the start of the run."""
-        number = self._tracks.get(track)
-        if number is None:
-            number = self._tracks[track] = len(self._tracks) + 1
-            self._events.append(_meta("thread_name", number, track))
-        start, length = start_ns / 1000, (end_ns - start_ns) / 1000
-        self._events.append(f'{{"ph":"X","pid":1,"tid":{number},"name":"{name}","ts":{start:.3f},"dur":{length:.3f}}}')
-
-    def text(self) -> str:
-        """The whole document."""
-        return '{"displayTimeUnit":"ns","traceEvents":[\n' + ",\n".join(self._events) + "\n]}\n"
-
-
-def _meta(what: str, track: int, name: str) -> str:
-    return json.dumps({"ph": "M", "pid": 1, "tid": track, "name": what, "args": {"name": name}})

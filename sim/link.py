@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 NEVER = 1 << 62
@@ -18,7 +19,7 @@ class ChunkTimes(NamedTuple):
     """How one load is cut and how long its chunks take, in nanoseconds.
 
     ``number`` chunks, all of ``size`` bytes but the last of ``last_size``; ``*_duplex_ns`` apply to a chunk that starts
-    while the other direction is busy.
+    while the other direction is busy, ``*_host_ns`` to one that starts while the host computes an expert.
     """
 
     number: int
@@ -28,6 +29,8 @@ class ChunkTimes(NamedTuple):
     last_ns: int
     full_duplex_ns: int
     last_duplex_ns: int
+    full_host_ns: int
+    last_host_ns: int
 
     def total_ns(self) -> int:
         """One whole load on an idle link."""
@@ -37,7 +40,8 @@ class ChunkTimes(NamedTuple):
 class Copy:
     """One load on its way: how many chunks are not yet submitted, how many not yet there.
 
-    ``done_ns`` is the time its last chunk ended, `NEVER` before; ``key`` orders waiting prefetches.
+    ``done_ns`` is the time its last chunk ended, `NEVER` before; ``key`` orders waiting prefetches; no chunk is
+    submitted before ``ready_ns``.
     """
 
     __slots__ = (
@@ -47,6 +51,7 @@ class Copy:
         "expert",
         "key",
         "layer",
+        "ready_ns",
         "started_ns",
         "submitted",
         "unfinished",
@@ -61,6 +66,7 @@ class Copy:
         self.submitted = 0
         self.started_ns = NEVER
         self.done_ns = NEVER
+        self.ready_ns = 0
         self.demand = False
         self.cancelled = False
         self.key = key
@@ -76,6 +82,10 @@ class Link:
         chunks: how a load is cut into chunks and what they take.
         max_submitted: chunks handed to the copy engine at once; neither stopped nor overtaken.
         write_back_ns: one expert's copy to the host, for write-back.
+
+    Attributes:
+        now: all chunk ends up to here are known.
+        host_end: the host computes an expert until then; chunks that start earlier are slowed.
     """
 
     def __init__(self, chunks: ChunkTimes, max_submitted: int, write_back_ns: int = 0) -> None:
@@ -83,6 +93,7 @@ class Link:
         self.max_submitted = max_submitted
         self.write_back_ns = write_back_ns
         self.now = 0
+        self.host_end = 0
         self.busy_ns = 0
         self.submitted_chunks = 0
         self._fifo: deque[Copy] = deque()
@@ -91,16 +102,37 @@ class Link:
         self._demand: deque[Copy] = deque()
         self._prefetch: list[Copy] = []
         self._d2h_free = 0
+        self._slot_ready: dict[int, int] = {}
+        self._watcher: Callable[[Copy, int, int], None] | None = None
+        self._queues: Callable[[int, int, int], None] | None = None
+        self._on_wire: tuple[Copy, int] | None = None
+
+    def watch(
+        self, watcher: Callable[[Copy, int, int], None], queues: Callable[[int, int, int], None] | None = None
+    ) -> None:
+        """Tell ``watcher`` every stretch of time in which one load has the wire: copy, begin, end.
+
+        ``queues`` is told when the last chunk of a load is submitted: time, lengths of both queues.
+        """
+        self._watcher = watcher
+        self._queues = queues
+
+    def tell_rest(self) -> None:
+        """Tell the watcher of the stretch that has the wire now, as far as it has come."""
+        if self._watcher is not None and self._on_wire is not None and self._fifo:
+            self._watcher(self._fifo[0], self._on_wire[1], self.now)
 
     # --- effects of a plan, all at self.now -------------------------------------------------------------------
 
-    def demand(self, copy: Copy) -> None:
-        """Queue a load behind all demand loads."""
+    def demand(self, copy: Copy, slot: int = -1) -> None:
+        """Queue a load into ``slot`` behind all demand loads."""
         copy.demand = True
+        copy.ready_ns = self._slot_ready.get(slot, 0)
         self._demand.append(copy)
 
-    def prefetch(self, copy: Copy) -> None:
-        """Queue a load behind all demand loads, by its key among the prefetches."""
+    def prefetch(self, copy: Copy, slot: int = -1) -> None:
+        """Queue a load into ``slot`` behind all demand loads, by its key among the prefetches."""
+        copy.ready_ns = self._slot_ready.get(slot, 0)
         insort(self._prefetch, copy)
 
     def join(self, copy: Copy) -> None:
@@ -118,9 +150,11 @@ class Link:
             copy.unfinished -= copy.unsubmitted
             copy.unsubmitted = 0
 
-    def write_back(self) -> None:
-        """Queue one expert's copy to the host."""
-        self._d2h_free = max(self._d2h_free, self.now) + self.write_back_ns
+    def write_back(self, slot: int) -> tuple[int, int]:
+        """Queue the copy of a slot's expert to the host; the next load into the slot waits for it. Begin and end."""
+        begin = max(self._d2h_free, self.now)
+        self._d2h_free = self._slot_ready[slot] = begin + self.write_back_ns
+        return begin, self._d2h_free
 
     # --- time -------------------------------------------------------------------------------------------------
 
@@ -129,44 +163,57 @@ class Link:
         if now <= self.now:
             return
         self._submit(self.now)
-        while self._head_end <= now:
-            self._jump(now)
-            end = self._head_end
-            self._finish_head()
-            if end < now:
-                self._submit(end)
+        while (at := self._next_event()) <= now:
+            if at == self._head_end:
+                self._jump(now)
+                at = self._head_end
+                self._finish_head()
+            self.now = at
+            if at < now:
+                self._submit(at)
         self.now = now
 
     def next_arrival(self, limit: int = NEVER) -> int:
-        """Time of the next completed load up to ``limit``, where a plan may interfere; `NEVER` when there is none.
+        """Go on to the end of the next load that completes by ``limit``, where somebody may interfere.
 
-        Advances the link up to just before that time, or before ``limit``.
+        `NEVER` when there is none: then the link is just before ``limit``. Nothing is submitted at that very time yet.
         """
         if limit <= self.now:
             return NEVER
         self._submit(self.now)
-        while self._fifo and self._head_end <= limit:
-            self._jump(limit)
-            head = self._fifo[0]
-            if head.unfinished == 1 and not head.cancelled:
-                return self._head_end
-            end = self._head_end
-            if end == limit:
+        while (at := self._next_event()) <= limit and at < NEVER:
+            if at == self._head_end:
+                self._jump(limit)
+                at = self._head_end
+                head = self._fifo[0]
+                if head.unfinished == 1 and not head.cancelled:
+                    self._finish_head()
+                    self.now = at
+                    return at
+                if at == limit:
+                    break
+                self._finish_head()
+            elif at == limit:
                 break
-            self._finish_head()
-            self.now = end
-            self._submit(end)
+            self.now = at
+            self._submit(at)
         return NEVER
 
-    def backlog_ns(self, demand_only: bool = False) -> int:
-        """Time until the link would be through with what it has been given, from `now` on."""
-        ns = 0 if self._head_end == NEVER else self._head_end - self.now
-        chunks = self.chunks
-        ns += max(0, len(self._fifo) - 1) * chunks.full_ns
-        waiting = list(self._demand) if demand_only else [*self._demand, *self._prefetch]
-        for copy in waiting:
-            ns += (copy.unsubmitted - 1) * chunks.full_ns + chunks.last_ns
-        return ns
+    def _next_event(self) -> int:
+        """When the next chunk ends, or a load may be submitted that had to wait for its slot."""
+        if self._demand or self._prefetch:
+            waiting = self._demand[0] if self._demand else self._prefetch[0]
+            if self.now < waiting.ready_ns < self._head_end and len(self._fifo) < self.max_submitted:
+                return waiting.ready_ns
+        return self._head_end
+
+    def is_busy(self) -> bool:
+        """Whether anything is on the wire or in a queue."""
+        return bool(self._fifo or self._demand or self._prefetch)
+
+    def queue_lengths(self) -> tuple[int, int]:
+        """Demand loads and prefetches with chunks not yet submitted."""
+        return len(self._demand), len(self._prefetch)
 
     def busy_so_far_ns(self) -> int:
         """Nanoseconds the H2D direction has been busy up to `now`, the chunk on the wire included."""
@@ -182,16 +229,19 @@ class Link:
     # --- inside -----------------------------------------------------------------------------------------------
 
     def _start(self, copy: Copy, at: int) -> None:
-        """Put the first of the FIFO on the wire; its duplex slowdown is fixed here."""
+        """Put the first of the FIFO on the wire; its slowdown is fixed here."""
         chunks = self.chunks
-        last = copy.unsubmitted == 0 and self._fifo.count(copy) == 1 and copy.submitted == chunks.number
+        last = copy.unfinished == 1 and copy.submitted == chunks.number
+        self._head_ns = chunks.last_ns if last else chunks.full_ns
         if at < self._d2h_free:
-            self._head_ns = chunks.last_duplex_ns if last else chunks.full_duplex_ns
-        else:
-            self._head_ns = chunks.last_ns if last else chunks.full_ns
+            self._head_ns = max(self._head_ns, chunks.last_duplex_ns if last else chunks.full_duplex_ns)
+        if at < self.host_end:
+            self._head_ns = max(self._head_ns, chunks.last_host_ns if last else chunks.full_host_ns)
         self._head_end = at + self._head_ns
         if copy.started_ns == NEVER:
             copy.started_ns = at
+        if self._watcher is not None and self._on_wire is None:
+            self._on_wire = (copy, at)
 
     def _finish_head(self) -> None:
         copy = self._fifo.popleft()
@@ -200,41 +250,47 @@ class Link:
         copy.unfinished -= 1
         if copy.unfinished == 0 and not copy.cancelled:
             copy.done_ns = end
+        if self._on_wire is not None and not (self._fifo and self._fifo[0] is copy):
+            if self._watcher is not None:
+                self._watcher(copy, self._on_wire[1], end)
+            self._on_wire = None
         if self._fifo:
             self._start(self._fifo[0], end)
         else:
             self._head_end = NEVER
 
     def _submit(self, at: int) -> None:
-        while len(self._fifo) < self.max_submitted:
-            if self._demand:
-                copy = self._demand[0]
-            elif self._prefetch:
-                copy = self._prefetch[0]
-            else:
+        fifo, demand, prefetch = self._fifo, self._demand, self._prefetch
+        while (demand or prefetch) and len(fifo) < self.max_submitted:
+            copy = demand[0] if demand else prefetch[0]
+            if copy.ready_ns > at:
                 return
             copy.unsubmitted -= 1
             copy.submitted += 1
             self.submitted_chunks += 1
             if copy.unsubmitted == 0:
                 if copy.demand:
-                    self._demand.popleft()
+                    demand.popleft()
                 else:
-                    self._prefetch.pop(0)
-            self._fifo.append(copy)
-            if len(self._fifo) == 1:
+                    prefetch.pop(0)
+                if self._queues is not None:
+                    self._queues(at, len(demand), len(prefetch))
+            fifo.append(copy)
+            if len(fifo) == 1:
                 self._start(copy, at)
 
     def _jump(self, now: int) -> None:
         """Skip whole chunks of the load at the head while nothing but its own equal chunks comes and goes."""
         head = self._fifo[0]
-        waiting = self._demand[0] if self._demand else self._prefetch[0] if self._prefetch else None
-        if waiting is not head or head.unsubmitted < 3 or self._head_end < self._d2h_free:
+        if not head.unsubmitted or self._head_end < self._d2h_free or self._head_end < self.host_end:
             return
-        if len(self._fifo) != self.max_submitted or any(copy is not head for copy in self._fifo):
+        if (self._demand[0] if self._demand else self._prefetch[0]) is not head:
+            return
+        if len(self._fifo) != self.max_submitted or any([copy is not head for copy in self._fifo]):
             return
         full = self.chunks.full_ns
-        skip = min(head.unsubmitted - 2, (now - self._head_end - 1) // full)
+        most = head.unsubmitted if self.max_submitted > 1 else head.unsubmitted - 1
+        skip = min(most, (now - self._head_end - 1) // full)
         if skip <= 0:
             return
         head.unsubmitted -= skip
@@ -244,3 +300,8 @@ class Link:
         self.busy_ns += self._head_ns + (skip - 1) * full
         self._head_ns = full
         self._head_end += skip * full
+        if not head.unsubmitted:
+            if head.demand:
+                self._demand.popleft()
+            else:
+                self._prefetch.pop(0)

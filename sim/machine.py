@@ -23,6 +23,7 @@ class LinkProfile:
         h2d_gb_s, d2h_gb_s: decimal GB/s of each direction alone.
         h2d_fixed_s, d2h_fixed_s: fixed cost of one copy (chunk).
         h2d_duplex_gb_s: H2D while D2H is busy.
+        h2d_host_gb_s: H2D while the host computes experts from the same memory; 0 is as fast as alone.
     """
 
     h2d_gb_s: float
@@ -30,6 +31,7 @@ class LinkProfile:
     d2h_gb_s: float
     d2h_fixed_s: float
     h2d_duplex_gb_s: float
+    h2d_host_gb_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Operators:
         head: fixed, per token: after the last layer until the next token is chosen and embedded.
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
+        host_expert: like ``expert``, computed on the host.
     """
 
     dense: tuple[float, float, float]
@@ -50,6 +53,7 @@ class Operators:
     head: tuple[float, float]
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
+    host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class HardwareProfile:
         sync_s: bringing the routing to the host, once per layer.
         host_s: planning one visit.
         wake_s: waking the copier after a plan, and the waiting engine after an arrival; charged once a plan.
+        host_memory_gb_s, host_memory_efficiency: bandwidth of the host's memory and the share of it an expert computed
+            there reaches; what the link takes meanwhile is lost to it. 0: the host computes no experts.
+        host_tflops, host_expert_fixed_s: arithmetic the host reaches on experts (0: no limit), and a fixed cost of each.
         evidence: ``ESTIMATED`` (published figures) or ``MEASURED``.
         operators: measured laws by model name; they replace the roofline for that model.
         sources: where each value comes from, by dotted field name.
@@ -83,6 +90,10 @@ class HardwareProfile:
     sync_s: float = 0.0
     host_s: float = 0.0
     wake_s: float = 0.0
+    host_memory_gb_s: float = 0.0
+    host_memory_efficiency: float = 0.6
+    host_tflops: float = 0.0
+    host_expert_fixed_s: float = 0.0
     evidence: str = "ESTIMATED"
     operators: dict[str, Operators] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -156,21 +167,25 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         return tuple(_positive(f"{where}.{key}", number) for number in numbers)
 
     fixed, token, context = seconds("dense", law["dense"], 3)
-    expert = {bits: seconds(f"expert.{bits}", numbers, 2) for bits, numbers in law["expert"].items()}
+    def by_bits(key: str) -> dict[str, tuple[float, float]]:
+        laws = {bits: seconds(f"{key}.{bits}", numbers, 2) for bits, numbers in law.get(key, {}).items()}
+        return {bits: (first, second) for bits, (first, second) in laws.items()}
+
     head = seconds("head", law["head"], 2)
     return Operators(
         dense=(fixed, token, context),
-        expert={bits: (first, second) for bits, (first, second) in expert.items()},
+        expert=by_bits("expert") if law["expert"] else {},
         head=(head[0], head[1]),
         gates=seconds("gates", law.get("gates", ())),
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
+        host_expert=by_bits("host_expert"),
     )
 
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
         raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
-    if name.endswith("_gb_s") and ".link." in name and value < 1e-9:
+    if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not name.endswith("h2d_host_gb_s"):
         raise SpecError(f"{name} is {value!r}; a bandwidth must be above 0")
     return float(value)
 

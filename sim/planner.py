@@ -1,23 +1,42 @@
 """The planner: one plan per visit says what is resident, what to load, evict, prefetch and retract.
 
 It knows expert ids, scores and the machine's profile; no clock, stream or tensor. Only it changes residency; the
-drivers obey. Its virtual link clock (`sim.clock`) advances by the profile alone, so every driver sees the same plans.
+drivers obey. The decisions stand in `sim.decide`, their times in `sim.clock`; here they are put into objects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from sim.clock import Clock
-from sim.plugin import Guess, LinkView, Resident
+from sim import clock, guard
+from sim.plugin import Experts, Misses, Now
 from sim.spec import Options, SpecError
+from sim.state import (
+    ACTIVE,
+    CLAIMS,
+    DEMANDED,
+    DISPLACED,
+    HOSTED,
+    LOOKING,
+    NOW,
+    PREFETCHES,
+    RESIDENT,
+    RETRACTS,
+    STREAMED,
+    Config,
+    State,
+    Wire,
+    new_state,
+    new_wire,
+)
 from sim.timing import Timing
-from traces import DECODE, Guesses, ModelSpec, Visit
+from traces import DECODE, ModelSpec, Visit
 
 DEMAND, PREFETCH, RETRACT, STREAM = "demand", "prefetch", "retract", "stream"
+CREDIT_PERCENT = 50
+PROBE = 8
 
 
 @dataclass(slots=True)
@@ -28,11 +47,12 @@ class Load:
         layer, expert: which.
         slot: buffer it lands in.
         kind: ``demand``, ``prefetch`` or ``stream``.
-        evicted: expert of the same layer that loses its slot; None when the slot was free.
+        evicted: expert that loses its slot; None when the slot was free.
         visit: visit it was issued in.
         target: visit it is meant for.
         worth: of a prefetch.
         number: running number of the load in its run.
+        evicted_layer: layer of ``evicted``; another one only where all layers share one pool of slots.
     """
 
     layer: int
@@ -44,6 +64,7 @@ class Load:
     target: int
     worth: float = 0.0
     number: int = 0
+    evicted_layer: int = -1
 
     @property
     def key(self) -> tuple[int, float, int]:
@@ -57,11 +78,12 @@ class Plan:
 
     Attributes:
         visit: what was planned.
-        slots: slot of each of ``visit.experts``, in that order.
+        slots: slot of each of ``visit.experts``, in that order; -1 for those the host computes.
         resident: routed experts that were resident and not on a pending prefetch.
         claimed: pending prefetches that were routed, in the order they are joined.
         demand: loads to issue now, in router order.
         stream: loads that pass through the stream slots, in router order; each waits until its slot is free.
+        host: routed experts that the host computes.
         prefetch: loads to issue early, in issue order.
         retract: prefetches that are dropped.
         displaced: slots whose experts give way to claimed prefetches and become landing slots.
@@ -73,13 +95,111 @@ class Plan:
     claimed: list[Load] = field(default_factory=list)
     demand: list[Load] = field(default_factory=list)
     stream: list[Load] = field(default_factory=list)
+    host: list[int] = field(default_factory=list)
     prefetch: list[Load] = field(default_factory=list)
     retract: list[Load] = field(default_factory=list)
     displaced: list[int] = field(default_factory=list)
 
-    def victims(self) -> int:
-        """Experts that lose their slot by this plan."""
-        return len(self.displaced) + sum(load.evicted is not None for load in (*self.demand, *self.prefetch))
+    def written_back(self) -> list[int]:
+        """Slots whose experts lose their place by this plan, in the order in which write-back copies them."""
+        loads = (*self.demand, *self.prefetch)
+        return self.displaced + [load.slot for load in loads if load.evicted is not None]
+
+
+class Rules(NamedTuple):
+    """The plug-ins' functions, and their parameters."""
+
+    score: Callable[..., float]
+    touch: Callable[..., float]
+    admit: Callable[..., bool]
+    worth: Callable[..., float]
+    loads: Callable[..., int]
+    cache: Any
+    policy: Any
+    miss: Any
+
+
+def touch_nothing(params: object, experts: Experts, x: int, tokens: int, now: Now) -> float:
+    """For cache rules that remember nothing."""
+    return 0.0
+
+
+def admit_all(params: object, experts: Experts, x: int, victim: int, now: Now) -> bool:
+    """For cache rules that take in every missing expert."""
+    return True
+
+
+def worth_nothing(params: object, guess: object, link: object) -> float:
+    """For policies that never prefetch."""
+    return 0.0
+
+
+def load_all(params: object, misses: Misses) -> int:
+    """For runs that load every miss."""
+    return misses.number
+
+
+def rules_of(options: Options) -> Rules:
+    """The functions a run decides by."""
+    cache, policy, miss = options.cache, options.policy, options.miss_rule
+    return Rules(
+        score=cache.module.score,
+        touch=getattr(cache.module, "touch", touch_nothing),
+        admit=getattr(cache.module, "admit", admit_all),
+        worth=getattr(policy.module, "worth", worth_nothing),
+        loads=getattr(miss.module, "loads", load_all),
+        cache=cache.params,
+        policy=policy.params,
+        miss=miss.params,
+    )
+
+
+class Fitted(NamedTuple):
+    """What a cache rule learned from a trace beforehand.
+
+    Attributes:
+        table: its own number for every x; empty for none.
+        sizes: cache slots of every layer; empty for equal ones.
+        first_use, following: for rules that need the future: first visit that routes each x (1 << 40 for never), and for
+            every access of the run, in order, the next visit that routes that expert; empty for none.
+    """
+
+    table: list[float] = []
+    sizes: list[int] = []
+    first_use: list[int] = []
+    following: list[int] = []
+
+
+def config_of(model: ModelSpec, options: Options, sizes: list[int], max_guesses: int, keep_time: bool) -> Config:
+    """The constants of a run."""
+    cache, policy = options.cache.module, options.policy.module
+    has_rule = hasattr(options.miss_rule.module, "loads")
+    landing = options.landing_slots if options.prefetches else 0
+    return Config(
+        layers=model.num_layers,
+        experts=model.num_experts,
+        top_k=model.top_k,
+        groups=1 if options.pooled else model.num_layers,
+        places=(landing or sum(sizes)) if options.prefetches else 1,
+        landing_slots=landing,
+        stream_slots=options.stream_slots,
+        first_stream=sum(sizes) + landing,
+        max_guesses=max(1, max_guesses),
+        lookahead=options.lookahead,
+        keep_stale=int(options.stale == "keep"),
+        copy_stream=int(options.copy_stream),
+        write_back=int(options.write_back),
+        hints=int(getattr(cache, "WANTS_GUESSES", False) or getattr(policy, "WANTS_AGREEMENT", False)),
+        trust=int(options.prefetches and getattr(policy, "WANTS_TRUST", False)),
+        guard=int(options.guarded),
+        lends=int(options.guarded and landing > 0),
+        bypass=int(hasattr(cache, "admit")),
+        touches=int(hasattr(cache, "touch")),
+        has_rule=int(has_rule),
+        clock=int(keep_time or options.prefetches or has_rule),
+        credit_percent=CREDIT_PERCENT,
+        probe=PROBE,
+    )
 
 
 class Planner:
@@ -90,10 +210,10 @@ class Planner:
         options: policy, cache rule and run options.
         slots: cache slots per layer.
         timing: the machine's times; advances the virtual link clock.
-        next_use: for a cache rule that needs the future: for each layer int64 [visits + 1, experts], the first visit
-            of that layer, from this one on, that routes the expert (`sim.bounds.next_use_tables`).
+        fitted: what the cache rule learned from a trace.
         keep_time: advance the virtual clock even if the policy never prefetches.
         cold_sequences: the first visit of a sequence empties the caches.
+        max_guesses: most guesses of one visit and distance.
 
     Raises:
         SpecError: fewer slots than top_k, or more than experts.
@@ -105,256 +225,166 @@ class Planner:
         options: Options,
         slots: int,
         timing: Timing,
-        next_use: list[npt.NDArray[np.int64]] | None = None,
+        fitted: Fitted = Fitted(),  # noqa: B008 - immutable
         keep_time: bool = False,
         cold_sequences: bool = False,
+        max_guesses: int = 0,
     ) -> None:
         check_slots(model, slots)
         self.model = model
         self.options = options
-        self.sizes = layer_sizes(model, options, slots)
-        self.landing_slots = options.landing_slots if options.prefetches else 0
-        cache_slots = sum(self.sizes)
-        self.num_slots = cache_slots + self.landing_slots + options.stream_slots
-        self._stream = list(range(cache_slots + self.landing_slots, self.num_slots))
-        self.clock = Clock(timing, options)
-        self._keeps_time = keep_time or options.prefetches
-        self._next_use = next_use
-        self._score = options.cache.module.score
-        self._cache_params = options.cache.params
-        self._accesses = 0
-        self._loads = 0
+        self.timing = timing
+        self.sizes = group_sizes(model, options, slots, fitted.sizes)
+        self._c = config_of(model, options, self.sizes, max_guesses or model.num_experts, keep_time)
+        self.landing_slots = self._c.landing_slots
+        self.num_slots = sum(self.sizes) + self.landing_slots + options.stream_slots
+        self._rules = rules_of(options)
+        self._times = timing.tables()
         self._cold = cold_sequences
-        self._visits = [0] * model.num_layers
-        self._forget()
+        self._whole = options.whole_layer
+        extra = self.landing_slots if self._c.lends else 0
+        most = model.num_experts * (model.num_layers if options.pooled else 1)
+        limits = spread(extra, [0] * len(self.sizes), [most] * len(self.sizes), self.sizes)
+        self._s = new_state(self._c, self.sizes, limits, fitted.table, fitted.first_use)
+        self._w = new_wire(self.num_slots, model.num_experts, options.max_submitted)
+        self._following = fitted.following
+        self._accesses = 0
+        guard.begin_run(self._s, self._c)
+        self._shadow: tuple[State, Wire, Config, Any, Rules] | None = None
+        if self._c.guard:
+            self._shadow = self._on_demand(slots, fitted)
 
-    def _forget(self) -> None:
-        """Nothing is resident and nothing was ever used; the clock and load numbers go on."""
-        layers, experts = self.model.num_layers, self.model.num_experts
-        start = 0
-        self._free: list[list[int]] = []
-        for size in self.sizes:
-            self._free.append(list(range(start + size - 1, start - 1, -1)))
-            start += size
-        self._landing_free = list(range(start + self.landing_slots - 1, start - 1, -1))
-        self._resident: list[dict[int, int]] = [{} for _ in range(layers)]
-        self._pending: list[dict[int, Load]] = [{} for _ in range(layers)]
-        self._kept: dict[tuple[int, int], Load] = {}
-        self._released: list[int] = []
-        self._last_use = [[-1] * experts for _ in range(layers)]
-        self._uses = [[0] * experts for _ in range(layers)]
-        self._loaded = [[0] * experts for _ in range(layers)]
+    def _on_demand(self, slots: int, fitted: Fitted) -> tuple[State, Wire, Config, Any, Rules]:
+        """The guard's shadow: the same visits without prefetching, with the same total slots."""
+        plain = self.options.without_prefetching()
+        sizes = group_sizes(self.model, plain, slots, fitted.sizes)
+        c = config_of(self.model, plain, sizes, 1, True)
+        s = new_state(c, sizes, [0] * len(sizes), fitted.table, fitted.first_use)
+        w = new_wire(sum(sizes) + plain.stream_slots, self.model.num_experts, plain.max_submitted)
+        guard.begin_run(s, c)
+        timing = Timing(self.timing.machine, self.model, self.timing.bits, plain)
+        return s, w, c, timing.tables(), rules_of(plain)
 
-    # --- one visit --------------------------------------------------------------------------------------------
+    @property
+    def now_ns(self) -> int:
+        """The virtual clock."""
+        return self._s.n[NOW]
+
+    @property
+    def prefetching(self) -> bool:
+        """Whether prefetches are issued in this pass (a guard may say no)."""
+        return self._s.n[ACTIVE] > 0
+
+    def looks(self, phase: int) -> bool:
+        """Whether the next visit's guesses are used: its lookahead gates need not run otherwise."""
+        return phase == DECODE and self._s.n[LOOKING] > 0
 
     def plan(self, visit: Visit) -> Plan:
         """Decide everything that follows from this visit's routing and guesses. Call once per visit, in order."""
-        layer = visit.layer
-        plan = Plan(visit)
-        if self._cold and visit.starts_sequence:
-            plan.retract.extend(self._kept.values())
-            self._forget()
-        if self._released:
-            self._landing_free.extend(self._released)
-            self._released.clear()
-        pending = self._pending[layer]
-        if pending:
-            self._judge(plan, pending)
-        if len(visit.experts) > self.sizes[layer]:
-            self._place_streaming(plan)
-        else:
-            self._place(plan)
-        self._visits[layer] += 1
-        last_use, uses = self._last_use[layer], self._uses[layer]
-        for expert, count in zip(visit.experts, visit.counts, strict=True):
-            self._accesses += 1
-            last_use[expert] = self._accesses
-            uses[expert] += count
-        if self._keeps_time:
-            self.clock.begin(plan)
-        if visit.guesses and visit.phase == DECODE and self.options.prefetches:
-            self._prefetch(plan)
-        if self._keeps_time:
-            self.clock.finish(plan)
+        s, c = self._s, self._c
+        last = visit.layer == c.layers - 1
+        dense_ns = self.timing.dense_ns(visit.tokens, visit.context) if c.clock else 0
+        head_ns = self.timing.head_ns(visit.tokens) if c.clock and last else 0
+        decode = visit.phase == DECODE
+        used = len(visit.experts)
+        routed = self._enter(s, visit)
+        if decode and s.n[LOOKING]:
+            self._enter_guesses(visit)
+        if c.clock:
+            self._times.make_room(max(visit.counts))
+        clock.visit(
+            s, self._w, c, self._times.times, self._rules, visit.index, visit.layer, decode, visit.starts_sequence,
+            self._cold, routed, used, dense_ns, head_ns,
+        )  # fmt: skip
+        if self._shadow is not None:
+            other, wire, config, times, rules = self._shadow
+            self._enter(other, visit)
+            times.make_room(max(visit.counts))
+            clock.visit(
+                other, wire, config, times.times, rules, visit.index, visit.layer, decode, visit.starts_sequence,
+                self._cold, routed, used, dense_ns, head_ns,
+            )  # fmt: skip
+        self._accesses += used
+        if last and c.guard and self._shadow is not None:
+            load_ns, host_ns = self._times.times.load_ns, self._times.times.host_ns - self._shadow[3].times.host_ns
+            guard.end_pass(s, c, decode, self._shadow[0].n[NOW], load_ns, c.layers * host_ns)
+        return self._plan(visit, routed)
+
+    def _enter(self, s: State, visit: Visit) -> int:
+        """Write a visit into the input tables; returns the experts that take part."""
+        routed = len(visit.experts)
+        s.routed[:routed] = visit.experts
+        s.counts[:routed] = visit.counts
+        if self._following:
+            s.following[:routed] = self._following[self._accesses : self._accesses + routed]
+        if self._whole:
+            for expert in range(self._c.experts):
+                if expert not in visit.experts:
+                    s.routed[routed], s.counts[routed] = expert, 0
+                    routed += 1
+        return routed
+
+    def _enter_guesses(self, visit: Visit) -> None:
+        s, c = self._s, self._c
+        for d in range(c.lookahead):
+            guesses = visit.guesses[d] if d < len(visit.guesses) else None
+            length = min(c.max_guesses, len(guesses.experts)) if guesses else 0
+            s.offer_len[d] = length
+            if guesses:
+                first = d * c.max_guesses
+                s.offer_id[first : first + length] = guesses.experts[:length]
+                s.offer_score[first : first + length] = guesses.scores[:length]
+
+    def _plan(self, visit: Visit, routed: int) -> Plan:
+        """The tables of the visit just planned, as objects."""
+        s, n, experts = self._s, self._s.n, self._c.experts
+        layer, index = visit.layer, visit.index
+        plan = Plan(visit, s.slot[: len(visit.experts)])
+        for i in range(routed):
+            fate = s.fate[i]
+            if fate == RESIDENT:
+                plan.resident.append(s.routed[i])
+            elif fate == DEMANDED:
+                gone = s.evicted[i]
+                evicted, where = (gone % experts, gone // experts) if gone >= 0 else (None, -1)
+                plan.demand.append(
+                    Load(layer, s.routed[i], s.slot[i], DEMAND, evicted, index, index, 0.0, s.number[i], where)
+                )
+            elif fate == STREAMED:
+                plan.stream.append(
+                    Load(layer, s.routed[i], s.slot[i], STREAM, None, index, index, 0.0, s.number[i])
+                )
+            elif fate == HOSTED:
+                plan.host.append(s.routed[i])
+        for k in range(n[CLAIMS]):
+            plan.claimed.append(self._early(layer * experts + s.routed[s.claims[k]], index))
+        if n[DISPLACED]:
+            plan.displaced = s.displaced[: n[DISPLACED]]
+        for k in range(n[RETRACTS]):
+            x = s.retract_x[k]
+            load = Load(x // experts, x % experts, s.retract_slot[k], PREFETCH, None, index, index)
+            load.number = s.retract_number[k]
+            plan.retract.append(load)
+        for k in range(n[PREFETCHES]):
+            load = self._early(s.prefetch_x[k], index)
+            gone = s.prefetch_evicted[k]
+            if gone >= 0:
+                load.evicted, load.evicted_layer = gone % experts, gone // experts
+            plan.prefetch.append(load)
         return plan
 
-    def _judge(self, plan: Plan, pending: dict[int, Load]) -> None:
-        """Every prefetch issued for this layer is routed now, or stale."""
-        layer = plan.visit.layer
-        routed = set(plan.visit.experts)
-        for expert, load in list(pending.items()):
-            if expert in routed:
-                continue
-            del pending[expert]
-            if self.options.stale == "retract":
-                plan.retract.append(load)
-                if self.landing_slots:
-                    self._landing_free.append(load.slot)
-                else:
-                    del self._resident[layer][expert]
-                    self._free[layer].append(load.slot)
-            else:
-                self._kept[layer, expert] = load
-
-    def _place(self, plan: Plan) -> None:
-        visit = plan.visit
-        layer = visit.layer
-        resident, pending, free = self._resident[layer], self._pending[layer], self._free[layer]
-        routed = visit.experts
-        for expert in routed:
-            early = pending.pop(expert, None) or (self._kept.pop((layer, expert), None) if self._kept else None)
-            slot = resident.get(expert)
-            if early is not None:
-                plan.claimed.append(early)
-                if slot is None:
-                    if free:
-                        self._landing_free.append(free.pop())
-                    else:
-                        plan.displaced.append(self._evict(layer, routed, plan)[1])
-                        self._landing_free.append(plan.displaced[-1])
-                    slot = resident[expert] = early.slot
-            elif slot is not None:
-                plan.resident.append(expert)
-            else:
-                evicted = None
-                if free:
-                    slot = free.pop()
-                else:
-                    evicted, slot = self._evict(layer, routed, plan)
-                resident[expert] = slot
-                plan.demand.append(self._load(layer, expert, slot, DEMAND, evicted, visit.index, visit.index))
-            plan.slots.append(slot)
-        if len(plan.claimed) > 1:
-            plan.claimed.sort(key=lambda load: load.key)
-
-    def _place_streaming(self, plan: Plan) -> None:
-        """More experts than slots: nothing resident leaves; what finds no free slot passes through."""
-        visit = plan.visit
-        layer, index = visit.layer, visit.index
-        resident, pending, free = self._resident[layer], self._pending[layer], self._free[layer]
-        for expert in visit.experts:
-            early = pending.pop(expert, None) or self._kept.pop((layer, expert), None)
-            slot = resident.get(expert)
-            if early is not None:
-                plan.claimed.append(early)
-                if slot is None:
-                    slot = early.slot
-                    if free:
-                        self._landing_free.append(free.pop())
-                        resident[expert] = slot
-                    else:
-                        self._released.append(slot)
-            elif slot is not None:
-                plan.resident.append(expert)
-            elif free:
-                slot = resident[expert] = free.pop()
-                plan.demand.append(self._load(layer, expert, slot, DEMAND, None, index, index))
-            else:
-                slot = self._stream[len(plan.stream) % len(self._stream)]
-                plan.stream.append(self._load(layer, expert, slot, STREAM, None, index, index))
-            plan.slots.append(slot)
-        plan.claimed.sort(key=lambda load: load.key)
-
-    def _load(
-        self, layer: int, expert: int, slot: int, kind: str, evicted: int | None, visit: int, target: int
-    ) -> Load:
-        self._loads += 1
-        if kind != STREAM:
-            self._loaded[layer][expert] = self._accesses
-        return Load(layer, expert, slot, kind, evicted, visit, target, 0.0, self._loads)
-
-    def _evict(self, layer: int, protected: list[int], plan: Plan) -> tuple[int, int]:
-        """Take the victim's slot: (victim, slot); (-1, -1) when nothing may leave."""
-        victim = self._victim(layer, protected)
-        if victim < 0:
-            return -1, -1
-        kept = self._kept.pop((layer, victim), None) if self._kept else None
-        if kept is not None:
-            plan.retract.append(kept)
-        return victim, self._resident[layer].pop(victim)
-
-    def _victim(self, layer: int, protected: list[int]) -> int:
-        """Resident expert with the lowest score that is neither protected nor on a pending prefetch; -1 if none."""
-        last_use = self._last_use[layer]
-        pending = self._pending[layer]
-        best, lowest = -1, 0.0
-        uses, loaded = self._uses[layer], self._loaded[layer]
-        future = self._next_use[layer][self._visits[layer]].tolist() if self._next_use else None
-        for expert in self._resident[layer]:
-            if expert in protected or expert in pending:
-                continue
-            next_use = future[expert] if future else -1
-            view = Resident(expert, last_use[expert], uses[expert], loaded[expert], next_use)
-            score = self._score(self._cache_params, view)
-            if best < 0 or (score, expert) < (lowest, best):
-                best, lowest = expert, score
-        return best
-
-    # --- prefetch ---------------------------------------------------------------------------------------------
-
-    def _prefetch(self, plan: Plan) -> None:
-        """Value every guess, highest worth first, as many as there are places to land."""
-        worths = self._worths(plan.visit)
-        worths.sort()
-        index = plan.visit.index
-        for negative, layer, expert in worths:
-            slot, evicted = self._landing_place(layer, plan)
-            if slot < 0:
-                if self.landing_slots:
-                    return
-                continue
-            target = index + layer - plan.visit.layer
-            load = self._load(layer, expert, slot, PREFETCH, evicted, index, target)
-            load.worth = -negative
-            self._pending[layer][expert] = load
-            if not self.landing_slots:
-                self._resident[layer][expert] = slot
-            plan.prefetch.append(load)
-
-    def _worths(self, visit: Visit) -> list[tuple[float, int, int]]:
-        """(-worth, layer, expert) of every guess worth issuing."""
-        options, model = self.options, self.model
-        worth, params = options.policy.module.worth, options.policy.params
-        found = []
-        view = self.clock.view(1)
-        reach = min(options.lookahead, len(visit.guesses), model.num_layers - 1 - visit.layer)
-        for distance in range(1, reach + 1):
-            layer = visit.layer + distance
-            guesses: Guesses = visit.guesses[distance - 1]
-            resident, pending = self._resident[layer], self._pending[layer]
-            if distance > 1:
-                view = LinkView(*view[:4], self.clock.window_ns(distance))
-            mass, missing = 0.0, 0
-            for rank, (expert, score) in enumerate(zip(guesses.experts, guesses.scores, strict=True)):
-                if score <= 0.0:
-                    break
-                if expert not in resident and expert not in pending and (layer, expert) not in self._kept:
-                    value = worth(params, Guess(score, distance, rank, missing, mass), view)
-                    missing += 1
-                    if value > 0.0:
-                        found.append((-value, layer, expert))
-                mass += score
-        return found
-
-    def _landing_place(self, layer: int, plan: Plan) -> tuple[int, int | None]:
-        """Slot for a prefetch and the expert it displaces; slot -1 when there is no place."""
-        if self.landing_slots:
-            if self._landing_free:
-                return self._landing_free.pop(), None
-            if self._kept:
-                oldest = next(iter(self._kept))
-                load = self._kept.pop(oldest)
-                plan.retract.append(load)
-                return load.slot, None
-            return -1, None
-        if self._free[layer]:
-            return self._free[layer].pop(), None
-        victim, slot = self._evict(layer, [], plan)
-        return slot, victim if slot >= 0 else None
+    def _early(self, x: int, index: int) -> Load:
+        s, experts = self._s, self._c.experts
+        return Load(
+            x // experts, x % experts, s.early_slot[x], PREFETCH, None, index, s.early_target[x], s.early_worth[x],
+            s.early_number[x],
+        )  # fmt: skip
 
     def resident_slots(self, layer: int) -> dict[int, int]:
         """Experts of a layer that hold a cache slot, and which; a copy."""
-        return dict(self._resident[layer])
+        experts = self._c.experts
+        slots = self._s.slot_of[layer * experts : (layer + 1) * experts]
+        return {expert: slot for expert, slot in enumerate(slots) if slot >= 0}
 
 
 def check_slots(model: ModelSpec, slots: int) -> None:
@@ -370,11 +400,27 @@ def check_slots(model: ModelSpec, slots: int) -> None:
         )
 
 
-def layer_sizes(model: ModelSpec, options: Options, slots: int) -> list[int]:
-    """Cache slots of each layer: a policy that never prefetches spreads its landing slots over the first layers."""
-    sizes = [slots] * model.num_layers
-    if not options.prefetches:
-        for i in range(options.landing_slots):
-            layer = i % model.num_layers
-            sizes[layer] = min(sizes[layer] + 1, model.num_experts)
-    return sizes
+def group_sizes(model: ModelSpec, options: Options, slots: int, fitted: list[int] | None = None) -> list[int]:
+    """Cache slots of each group (a layer, or one pool): a policy that never prefetches gets its landing slots too.
+
+    ``fitted``: sizes per layer chosen by the cache rule, summing to slots x layers.
+    """
+    layers, experts = model.num_layers, model.num_experts
+    if options.whole_layer:
+        return [experts]
+    sizes = list(fitted) if fitted else [slots] * layers
+    extra = 0 if options.prefetches else options.landing_slots
+    if options.pooled:
+        sizes = [sum(sizes)]
+    most = layers * experts if options.pooled else experts
+    added = spread(extra, [0] * len(sizes), [most] * len(sizes), sizes)
+    return [size + more for size, more in zip(sizes, added, strict=True)]
+
+
+def spread(extra: int, added: list[int], most: list[int], sizes: list[int]) -> list[int]:
+    """``extra`` slots over the groups, one each in turn, none beyond ``most``."""
+    for i in range(extra):
+        group = i % len(sizes)
+        if sizes[group] + added[group] < most[group]:
+            added[group] += 1
+    return added

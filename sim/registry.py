@@ -1,4 +1,5 @@
-"""Plug-ins are found by existing: every module of `sim.caches`, `sim.predictors` and `sim.policies` is one."""
+"""Plug-ins are found by existing: every module of `sim.caches`, `sim.predictors`, `sim.policies`
+and `sim.misses` is one."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
-PACKAGES = {"cache": "sim.caches", "predictor": "sim.predictors", "policy": "sim.policies"}
+PACKAGES = {"cache": "sim.caches", "predictor": "sim.predictors", "policy": "sim.policies", "miss": "sim.misses"}
 
 
 @cache

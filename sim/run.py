@@ -22,9 +22,9 @@ import traces
 from sim import machine as machines
 from sim import registry
 from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_tokens, fit, memory
-from sim.ledger import Timeline
 from sim.presets import PRESETS
 from sim.spec import Options, SpecError, comparable, parse
+from sim.timeline import Timeline
 from sim.timing import Timing
 from traces import ModelSpec, TraceError
 from traces.cli import Parser
@@ -172,7 +172,7 @@ def written(path: str | None) -> Iterator[IO[str] | None]:
         with temporary.open("wb") as raw:
             if path.endswith(".gz"):
                 with (
-                    gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+                    gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0) as packed,
                     io.TextIOWrapper(packed, encoding="utf-8") as text,
                 ):
                     yield text
@@ -188,22 +188,20 @@ def written(path: str | None) -> Iterator[IO[str] | None]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Simulate everything asked for and print it; the returned document is the last line of output."""
     setting, runs = prepare(args)
-    if args.driver == "compiled":
-        print("this version has no compiled driver; the SimPy driver runs instead", file=sys.stderr)
     for chosen in runs:
         note_short_guesses(setting, chosen)
     print_setting(setting, args.set)
-    experiment = Experiment()
+    experiment = Experiment(driver=args.driver)
     results = []
     for number, chosen in enumerate(runs):
         first = number == 0
-        timeline = Timeline("simulated") if first and args.timeline else None
         print(f"simulating {chosen.text} ...", file=sys.stderr)
         one = Setting(**{**vars(setting), "options": chosen})
         with written(args.load_log if first else None) as log, written(args.timeline if first else None) as file:
+            timeline = Timeline(file, "simulated") if file else None
             results.append(experiment.run(one, log, timeline))
-            if file and timeline:
-                file.write(timeline.text())
+            if timeline:
+                timeline.close()
         results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args)}
         results[-1]["scaled"] = scaled(one, results[-1])
     print_table(setting, results)

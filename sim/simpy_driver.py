@@ -1,7 +1,8 @@
-"""The readable specification: a decoder as a SimPy process beside a link, driven by the planner.
+"""The readable specification: a decoder and a link (and a host that computes experts), driven by the planner.
 
-One visit: dense part -> the host learns the routing -> plan -> its effects reach the link, an event of its own ->
-experts in order of arrival. The only file that imports simpy.
+One visit: dense part -> the host learns the routing -> plan -> its effects reach the link -> experts in order of
+arrival. The decoder is a process; link and host have no events of their own: what is due on them up to a moment is worked
+off, in order of time, when the decoder asks. The only file that imports simpy.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import simpy
 
-from sim.ledger import Counts, Ledger, Timeline
+from sim.ledger import Counts, Ledger
 from sim.link import NEVER, Copy, Link
 from sim.planner import Load, Plan, Planner
 from sim.spec import Options
+from sim.timeline import COMPUTE, D2H, HOST, Timeline
 from sim.timing import Timing
 from traces import DECODE, PREFILL, Guesses, Trace, Visit
 
@@ -55,16 +57,25 @@ class Simulation:
         self._predict = predict
         self._timeline = timeline
         self._link = Link(timing.chunks, options.max_submitted, timing.write_back_ns)
+        if timeline:
+            self._link.watch(timeline.on_link, timeline.queues)
         self._copies: dict[int, Copy] = {}
-        self._due: deque[int] = deque()
+        self._due: deque[tuple[int, Callable[[int], None]]] = deque()
+        self._host: deque[tuple[int, int, int]] = deque()
+        self._host_next = NEVER
 
     def run(self) -> Ledger:
         """Simulate to the end of the trace."""
         self.env.run(self.env.process(self._decoder()))
+        while self._due:
+            self._advance(self._due[-1][0])
         unused = [c for c in self._copies.values() if not c.demand and not c.cancelled]
         moved = sum(self._link.bytes_submitted(c) for c in unused)
         self.ledger.phases[DECODE].wasted_bytes += moved
         self.ledger.phases[DECODE].h2d_bytes += moved
+        if self._timeline:
+            self._link.tell_rest()
+            self._timeline.end(self.now, moved)
         return self.ledger
 
     @property
@@ -74,181 +85,263 @@ class Simulation:
     # --- the decoder ------------------------------------------------------------------------------------------
 
     def _decoder(self) -> Process:
+        env, ledger, planner, timing = self.env, self.ledger, self._planner, self._timing
         visits = self._trace.visits()
-        layers = self._trace.model.num_layers
-        started: set[int] = set()
+        layers = range(self._trace.model.num_layers)
         for forward in self._trace.passes():
-            counts = self.ledger.phases[forward.phase]
+            counts = ledger.phases[forward.phase]
             start, busy = self.now, self._busy_ns()
-            for _ in range(layers):
+            for _ in layers:
                 visit = next(visits)
-                if self._predict is not None:
+                looks = planner.looks(visit.phase)
+                if looks and self._predict is not None:
                     visit.guesses = self._predict(visit, forward.first)
-                yield from self._visit(visit, counts)
-            yield self.env.timeout(self._timing.head_ns(forward.tokens))
-            counts.compute_ns += self._timing.head_ns(forward.tokens)
+                plan = planner.plan(visit)
+                ledger.log.record(plan)
+                counts.planned(plan)
+                known_at = self.now + timing.routed_ns(visit.tokens, visit.context, looks)
+                yield from self._compute(plan, known_at, counts)
+            head_ns = timing.head_ns(forward.tokens)
+            if self._timeline:
+                self._timeline.slice(COMPUTE, "head", self.now, self.now + head_ns)
+            yield env.timeout(head_ns)
+            counts.compute_ns += head_ns
             counts.passes += 1
             counts.tokens += forward.tokens
             counts.elapsed_ns += self.now - start
             counts.link_busy_ns += self._busy_ns() - busy
             if forward.phase == PREFILL:
-                self.ledger.ttft_ns.append(self.now - start)
+                ledger.ttft_ns.append(self.now - start)
             else:
-                self.ledger.decode_ns.append(self.now - start)
-                self.ledger.timed.append(forward.sequence in started)
-            started.add(forward.sequence)
+                ledger.decode_ns.append(self.now - start)
+                ledger.timed.append(forward.following)
 
-    def _visit(self, visit: Visit, counts: Counts) -> Process:
-        timing = self._timing
+    def _compute(self, plan: Plan, known_at: int, counts: Counts) -> Process:
+        """From the start of a visit, whose routing is known at ``known_at``, to the end of its last expert.
+
+        Residents first, then each expert as it arrives, while the copier works.
+        """
+        env, timing, visit = self.env, self._timing, plan.visit
         start = self.now
-        routed_ns = timing.routed_ns(visit.tokens, visit.context)
-        yield self.env.timeout(routed_ns)
-        known_at = self.now
-        plan = self._planner.plan(visit)
-        self.ledger.log.record(plan)
-        counts.planned(plan)
-        yield self.env.timeout(timing.host_ns)
-        counts.compute_ns += routed_ns - timing.sync_ns + timing.shared_ns
+        planned = known_at + timing.host_ns
+        counts.compute_ns += known_at - start - timing.sync_ns + timing.shared_ns
         counts.latency_ns += timing.sync_ns + timing.host_ns
-        counts.compute_ns += sum(timing.expert_ns(n) for n in visit.counts)
         counts.h2d_bytes += (len(plan.demand) + len(plan.stream) + len(plan.claimed)) * timing.expert_bytes
         if self._timeline:
-            self._timeline.slice("compute", f"attention {visit.layer}", start, known_at)
-            self._timeline.slice("compute", f"plan {visit.layer}", known_at, self.now)
-        if self._options.copy_stream:
-            yield from self._overlapped(plan, counts, known_at)
-        else:
-            yield from self._serial(plan, counts)
+            self._timeline.slice(COMPUTE, f"attention {visit.layer}", start, known_at)
+            self._timeline.slice(COMPUTE, f"plan {visit.layer}", known_at, planned)
+            self._timeline.planned(plan, planned, self._planner.resident_slots, timing.expert_bytes)
+        if not self._options.copy_stream:
+            yield from self._serial(plan, planned, counts)
+            return
+        tokens = dict(zip(visit.experts, visit.counts, strict=True))
+        there, late, waiting = plan.resident, (), {}
+        if plan.claimed:
+            there, late, waiting = self._claims(plan, known_at, planned, counts)
+        queued = self._issue(plan, planned + timing.wake_ns, waiting, counts)
+        at_once = timing.shared_ns + sum([timing.expert_ns(tokens[e]) for e in there])
+        counts.compute_ns += at_once - timing.shared_ns
+        if self._timeline:
+            lengths = [(e, timing.expert_ns(tokens[e])) for e in there]
+            self._timeline.computed(visit.layer, timing.shared_ns, lengths, planned)
+        yield env.timeout(planned + at_once - start)
+        while waiting:
+            now = self.now
+            expert, there_at = self._first(waiting, now)
+            del waiting[expert]
+            expert_ns = timing.expert_ns(tokens[expert])
+            counts.compute_ns += expert_ns
+            stall_ns = max(0, there_at - now)
+            if expert in late:
+                counts.stall_late_ns += stall_ns
+            else:
+                counts.stall_miss_ns += stall_ns
+            if self._timeline:
+                if stall_ns:
+                    self._timeline.slice(COMPUTE, f"stall {visit.layer}", now, there_at)
+                self._timeline.expert(visit.layer, expert, now + stall_ns, now + stall_ns + expert_ns)
+            yield env.timeout(stall_ns + expert_ns)
+            if queued and any(load.expert == expert for load in plan.stream):
+                load = queued.popleft()
+                waiting[load.expert] = self._follow(load)
+        if plan.host:
+            stall_ns = self._host_end() - self.now
+            if stall_ns > 0:
+                if self._timeline:
+                    self._timeline.slice(COMPUTE, f"stall {visit.layer}", self.now, self.now + stall_ns)
+                yield env.timeout(stall_ns)
+                counts.stall_miss_ns += stall_ns
 
-    def _overlapped(self, plan: Plan, counts: Counts, known_at: int) -> Process:
-        """Residents first, then each expert as it arrives, while the copier works."""
-        timing, visit = self._timing, plan.visit
-        at_once = plan.demand + plan.stream[: self._options.stream_slots]
-        queued = deque(plan.stream[self._options.stream_slots :])
-        streamed = {load.expert for load in plan.stream}
-        self._link.advance(self.now)
+    def _claims(
+        self, plan: Plan, known_at: int, planned: int, counts: Counts
+    ) -> tuple[list[int], tuple[int, ...], dict[int, Copy]]:
+        """Experts that are there, those that are late, and the copies of the latter."""
+        there: list[int] = []
         waiting: dict[int, Copy] = {}
+        self._advance(planned)
         for load in plan.claimed:
             copy = self._copies.pop(load.number)
             if copy.done_ns <= known_at:
-                counts.hits += 1
-                self._show_copy(copy)
+                there.append(load.expert)
             else:
-                counts.late += 1
                 waiting[load.expert] = copy
-        joins = list(waiting.values())
-        for load in at_once:
-            waiting[load.expert] = self._copy(load)
-        demand = [waiting[load.expert] for load in at_once]
-        early = [self._copies.setdefault(load.number, self._copy(load)) for load in plan.prefetch]
-        self._send(timing.wake_ns, lambda: self._effects(plan, joins, demand, early, counts))
-        tokens = dict(zip(visit.experts, visit.counts, strict=True))
-        if timing.shared_ns:
-            yield self.env.timeout(timing.shared_ns)
-        not_there = waiting.keys() | {load.expert for load in queued}
-        for expert in [e for e in visit.experts if e not in not_there]:
-            yield from self._expert(visit.layer, expert, tokens[expert])
-        mine = dict(waiting)
-        while mine:
-            idle_from = self.now
-            self._link.advance(idle_from)
-            expert = min(mine, key=lambda e: mine[e].done_ns)
-            while mine[expert].done_ns == NEVER:
-                yield from self._next_arrival()
-                expert = min(mine, key=lambda e: mine[e].done_ns)
-            copy = mine.pop(expert)
-            waited = self.now - idle_from
-            if copy in joins:
-                counts.stall_late_ns += waited
-            else:
-                counts.stall_miss_ns += waited
-            if self._timeline and waited:
-                self._timeline.slice("compute", f"stall {visit.layer}", idle_from, self.now)
-            self._show_copy(copy)
-            yield from self._expert(visit.layer, expert, tokens[expert])
-            if expert in streamed and queued:
-                load = queued.popleft()
-                follow = mine[load.expert] = self._copy(load)
-                self._send(timing.wake_ns, lambda c=follow: self._link.demand(c))  # type: ignore[misc]
+        counts.hits += len(there)
+        counts.late += len(waiting)
+        return there + plan.resident, tuple(waiting), waiting
 
-    def _show_copy(self, copy: Copy) -> None:
-        if self._timeline:
-            self._timeline.slice("link H2D", f"{copy.layer}.{copy.expert}", copy.started_ns, copy.done_ns)
+    def _issue(self, plan: Plan, at: int, waiting: dict[int, Copy], counts: Counts) -> deque[Load]:
+        """Let the plan's effects reach the link at ``at``; returns streamed loads that must wait for a slot."""
+        joins = list(waiting.values())
+        loads = plan.demand
+        queued: deque[Load] = deque()
+        if plan.stream:
+            loads = plan.demand + plan.stream[: self._options.stream_slots]
+            queued.extend(plan.stream[self._options.stream_slots :])
+        demand = [(load, self._copy(load)) for load in loads]
+        for load, copy in demand:
+            waiting[load.expert] = copy
+        early = [(load, self._copies.setdefault(load.number, self._copy(load))) for load in plan.prefetch]
+        if waiting or early or plan.retract or plan.host or plan.displaced:
+            self._due.append((at, lambda at: self._effects(at, plan, joins, demand, early, counts)))
+        return queued
+
+    def _follow(self, load: Load) -> Copy:
+        """A streamed load whose slot is free now."""
+        copy = self._copy(load)
+        self._due.append((self.now + self._timing.wake_ns, lambda _: self._link.demand(copy, load.slot)))
+        return copy
+
+    def _first(self, waiting: dict[int, Copy], now: int) -> tuple[int, int]:
+        """Of the experts waited for, the first that is there, and when."""
+        self._advance(now)
+        while True:
+            expert = min(waiting, key=lambda e: waiting[e].done_ns) if len(waiting) > 1 else next(iter(waiting))
+            there_at = waiting[expert].done_ns
+            if there_at < NEVER:
+                return expert, there_at
+            self._next_arrival()
+
+    def _host_end(self) -> int:
+        """When the host has computed its last expert."""
+        while self._due or self._host_next < NEVER:
+            self._advance(min(self._due[0][0] if self._due else NEVER, self._host_next))
+        return self._link.host_end
 
     def _copy(self, load: Load) -> Copy:
         return Copy(load.layer, load.expert, self._timing.chunks.number, load.key)
 
-    def _expert(self, layer: int, expert: int, tokens: int) -> Process:
-        start = self.now
-        yield self.env.timeout(self._timing.expert_ns(tokens))
-        if self._timeline:
-            self._timeline.slice("compute", f"expert {layer}.{expert}", start, self.now)
-
-    def _serial(self, plan: Plan, counts: Counts) -> Process:
-        """Without a copy stream: all copies in turn, both directions, then compute."""
+    def _serial(self, plan: Plan, planned: int, counts: Counts) -> Process:
+        """Without a copy stream, from the end of the plan: all copies in turn, both directions, then compute."""
         timing, visit = self._timing, plan.visit
         loads = [*plan.demand, *plan.stream, *plan.prefetch]
         counts.hits += len(plan.claimed)
         for load in plan.claimed:
             del self._copies[load.number]
         for load in plan.retract:
-            self._retract(load, counts)
+            self._retract(self.now, load, counts)
         for load in plan.prefetch:
             copy = self._copies[load.number] = self._copy(load)
             copy.unsubmitted, copy.submitted = 0, timing.chunks.number
         copies = len(loads) * timing.chunks.total_ns()
         counts.link_busy_ns += copies
         if self._options.write_back:
-            copies += timing.write_back_ns * plan.victims()
-        start = self.now
-        yield self.env.timeout(copies)
-        if self._timeline and loads:
-            self._timeline.slice("link H2D", f"serial {visit.layer}", start, self.now)
+            copies += timing.write_back_ns * len(plan.written_back())
+        if self._timeline:
+            loads_end = self._timeline.serial(loads, timing.chunks.total_ns(), planned)
+            if self._options.write_back:
+                self._timeline.written_back(plan.written_back(), timing.write_back_ns, loads_end)
+            if copies:
+                self._timeline.slice(COMPUTE, f"stall {visit.layer}", planned, planned + copies)
         counts.stall_miss_ns += copies
-        yield self.env.timeout(timing.shared_ns + sum(timing.expert_ns(n) for n in visit.counts))
+        tokens = dict(zip(visit.experts, visit.counts, strict=True))
+        host_ns = sum(timing.host_expert_ns(tokens[e]) for e in plan.host)
+        device_ns = sum(timing.expert_ns(n) for e, n in tokens.items() if e not in plan.host)
+        counts.compute_ns += device_ns
+        counts.stall_miss_ns += host_ns
+        end = planned + copies + timing.shared_ns + device_ns + host_ns
+        yield self.env.timeout(end - self.now)
+        if self._timeline:
+            device = [(e, timing.expert_ns(n)) for e, n in tokens.items() if e not in plan.host]
+            self._timeline.computed(visit.layer, timing.shared_ns, device, planned + copies)
+            if host_ns:
+                self._timeline.slice(COMPUTE, f"stall {visit.layer}", end - host_ns, end)
 
-    # --- the link ---------------------------------------------------------------------------------------------
+    # --- the link, and the host beside it -----------------------------------------------------------------------
 
-    def _send(self, delay_ns: int, effect: Callable[[], None]) -> None:
-        """Let a plan's effect reach the link after the copier's wake-up."""
-        self._due.append(self.now + delay_ns)
-        self.env.timeout(delay_ns).callbacks.append(lambda _: self._receive(effect))
+    def _advance(self, now: int) -> None:
+        """Work off what is due up to now: at equal times chunk ends, the host's next expert, the effects of a plan."""
+        due = self._due
+        while due or self._host_next < NEVER:
+            at = min(due[0][0] if due else NEVER, self._host_next)
+            if at > now:
+                break
+            self._link.advance(at)
+            if self._host_next == at:
+                self._begin_on_host(at)
+            if due and due[0][0] == at:
+                due.popleft()[1](at)
+        self._link.advance(now)
 
-    def _receive(self, effect: Callable[[], None]) -> None:
-        self._due.popleft()
-        self._link.advance(self.now)
-        effect()
+    def _next_arrival(self) -> None:
+        """Go on, on the link, until the next load is there."""
+        while True:
+            limit = NEVER
+            if self._due or self._host_next < NEVER:
+                limit = min(self._due[0][0] if self._due else NEVER, self._host_next)
+            if self._link.next_arrival(limit) < NEVER:
+                return
+            self._advance(limit)
 
-    def _next_arrival(self) -> Process:
-        """Until the next load is there, or the next effects have reached the link."""
-        due = self._due[0] if self._due else NEVER
-        yield self.env.timeout(min(self._link.next_arrival(due), due) - self.now)
-        self._link.advance(self.now)
-
-    def _effects(self, plan: Plan, joins: list[Copy], demand: list[Copy], early: list[Copy], counts: Counts) -> None:
+    def _effects(
+        self,
+        at: int,
+        plan: Plan,
+        joins: list[Copy],
+        demand: list[tuple[Load, Copy]],
+        early: list[tuple[Load, Copy]],
+        counts: Counts,
+    ) -> None:
         """All effects of a plan on the link, together."""
         for load in plan.retract:
-            self._retract(load, counts)
+            self._retract(at, load, counts)
         for copy in joins:
             self._link.join(copy)
-        for copy in demand:
-            self._link.demand(copy)
-        for copy in early:
-            self._link.prefetch(copy)
         if self._options.write_back:
-            for _ in range(plan.victims()):
-                self._link.write_back()
+            for slot in plan.written_back():
+                begin, end = self._link.write_back(slot)
+                if self._timeline:
+                    self._timeline.slice(D2H, f"slot {slot}", begin, end)
+        for load, copy in demand:
+            self._link.demand(copy, load.slot)
+        for load, copy in early:
+            self._link.prefetch(copy, load.slot)
+        if plan.host:
+            tokens = dict(zip(plan.visit.experts, plan.visit.counts, strict=True))
+            self._host.extend((plan.visit.layer, expert, tokens[expert]) for expert in plan.host)
+            self._begin_on_host(at)
+        if self._timeline:
+            self._timeline.queues(at, *self._link.queue_lengths())
 
-    def _retract(self, load: Load, counts: Counts) -> None:
+    def _begin_on_host(self, at: int) -> None:
+        """The host's next expert; its slowdown is fixed here: whether the link has anything to do."""
+        layer, expert, tokens = self._host.popleft()
+        end = self._link.host_end = at + self._timing.host_expert_ns(tokens, shared=self._link.is_busy())
+        self._host_next = end if self._host else NEVER
+        if self._timeline:
+            self._timeline.slice(HOST, f"expert {layer}.{expert}", at, end)
+
+    def _retract(self, at: int, load: Load, counts: Counts) -> None:
         copy = self._copies.pop(load.number, None)
         if copy is not None:
             self._link.retract(copy)
             moved = self._link.bytes_submitted(copy)
             counts.wasted_bytes += moved
             counts.h2d_bytes += moved
+            if self._timeline:
+                self._timeline.dropped(load.number, at, moved)
 
     def _busy_ns(self) -> int:
         if not self._options.copy_stream:
             return 0
-        self._link.advance(self.now)
+        self._advance(self.now)
         return self._link.busy_so_far_ns()

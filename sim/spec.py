@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from sim import registry
 from sim.presets import PRESETS
 
-AUTO_CHUNKS = 16
 AUTO_CHUNK_MULTIPLE = 4096
+MOST_CHUNKS = 4096
 
 
 class SpecError(ValueError):
@@ -132,15 +132,16 @@ class Options:
     Attributes:
         policy, cache: plug-ins with parameters.
         predictor: spec of a predictor, or the name of guesses recorded in the trace.
-        miss: what happens on a miss; ``load``.
+        miss: spec of the rule for misses: all are loaded (``load``), or the host computes some.
         stale: fate of a prefetch whose layer was routed without it: ``retract`` or ``keep``.
         landing_slots: slots prefetches land in; cache slots for a policy that never prefetches; with 0, prefetches
             evict when they are issued.
         stream_slots: slots that experts of too large a visit pass through.
         write_back: copy every victim back to the host.
         copy_stream: copies run beside compute; without it they are serial with it.
-        chunk_bytes: copies are cut into chunks of this size; 0 is one chunk, -1 a sixteenth of an expert.
+        chunk_bytes: copies are cut into chunks of this size; 0 is one chunk, -N is N chunks of an expert.
         max_submitted: chunks in the copy engine's hands at once.
+        guard: prefetch only while that is not slower than on_demand on the virtual link clock (`sim.guard`).
     """
 
     policy: Bound
@@ -152,25 +153,51 @@ class Options:
     stream_slots: int = 2
     write_back: bool = False
     copy_stream: bool = True
-    chunk_bytes: int = -1
+    chunk_bytes: int = -16
     max_submitted: int = 2
+    guard: bool = False
     text: str = ""
 
     def __post_init__(self) -> None:
-        if self.miss != "load":
-            raise SpecError(f"miss is {self.miss!r}; it must be load")
+        bind("miss", parse(self.miss))
         if self.stale not in ("retract", "keep"):
             raise SpecError(f"stale is {self.stale!r}; it must be retract or keep")
-        for name, least in (("landing_slots", 0), ("stream_slots", 1), ("chunk_bytes", -1), ("max_submitted", 1)):
+        for name, least in (("landing_slots", 0), ("stream_slots", 1), ("chunk_bytes", -MOST_CHUNKS), ("max_submitted", 1)):
             if getattr(self, name) < least:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.prefetches and not self.lookahead >= 1:
             raise SpecError(f"lookahead is {self.lookahead}; it must be at least 1")
+        if self.whole_layer and self.copy_stream:
+            raise SpecError(f"{self.policy.name} copies whole layers beside no compute; leave copy_stream=0 as it is")
 
     @property
     def prefetches(self) -> bool:
         """Whether the policy ever loads before the routing is known."""
         return hasattr(self.policy.module, "worth")
+
+    @property
+    def miss_rule(self) -> Bound:
+        """The rule for misses with its parameters."""
+        return bind("miss", parse(self.miss))
+
+    @property
+    def whole_layer(self) -> bool:
+        """Whether a visit loads every expert of its layer."""
+        return bool(getattr(self.policy.module, "WHOLE_LAYER", False))
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all layers share one pool of slots."""
+        return self.whole_layer or bool(getattr(self.cache.module, "POOLED", False))
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a guard watches the prefetching."""
+        return self.guard and self.prefetches
+
+    def without_prefetching(self) -> Options:
+        """The same run on demand: what a guard compares with."""
+        return self.replace(policy=bind("policy", Spec("on_demand", {})), guard=False)
 
     @property
     def lookahead(self) -> int:
@@ -195,8 +222,8 @@ class Options:
             return expert_bytes
         if self.chunk_bytes > 0:
             return min(self.chunk_bytes, expert_bytes)
-        multiple = AUTO_CHUNK_MULTIPLE
-        return min(expert_bytes, -(-expert_bytes // (AUTO_CHUNKS * multiple)) * multiple)
+        multiple = AUTO_CHUNK_MULTIPLE if expert_bytes >= -self.chunk_bytes * AUTO_CHUNK_MULTIPLE else 64
+        return min(expert_bytes, -(-expert_bytes // (-self.chunk_bytes * multiple)) * multiple)
 
     def replace(self, **changes: Any) -> Options:
         return dataclasses.replace(self, **changes)

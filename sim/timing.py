@@ -8,7 +8,11 @@ from math import ceil
 from sim.link import ChunkTimes
 from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import Options, SpecError
+from sim.state import Times
 from traces import ModelSpec
+
+
+HOST_PEAK = 0.85  # share of its memory's bandwidth a host reaches with link and processor together (estimated)
 
 
 def ns(seconds: float) -> int:
@@ -37,6 +41,8 @@ class Timing:
     def __init__(self, machine: HardwareProfile, model: ModelSpec, bits: int, options: Options) -> None:
         self.machine = machine
         self.model = model
+        self.bits = bits
+        self.max_submitted = options.max_submitted
         self.expert_bytes = model.expert_bytes(bits)
         self.chunks = chunk_times(machine.link, self.expert_bytes, options.chunk_size(self.expert_bytes))
         link = machine.link
@@ -44,6 +50,7 @@ class Timing:
         self.wake_ns = ns(machine.wake_s)
         self.measured = model.name in machine.operators
         self._expert: dict[int, int] = {}
+        self._dense_of, self._dense_ns = (-1, -1), 0
         if self.measured:
             self._use_measured(bits, options)
         elif machine.memory_gb_s * machine.memory_efficiency and machine.tflops * machine.tflops_efficiency:
@@ -54,6 +61,33 @@ class Timing:
                 f"memory_gb_s and tflops (with efficiencies) above 0 to estimate {model.name}; name another machine or "
                 "model"
             )
+        self._use_host(bits, options)
+
+    def _use_host(self, bits: int, options: Options) -> None:
+        """Laws of an expert computed on the host: with the link idle, and with it taking its share of the memory."""
+        machine = self.machine
+        laws = machine.operators.get(self.model.name)
+        left = 1.0
+        reached = machine.host_memory_gb_s * machine.host_memory_efficiency
+        if reached:
+            left = min(1.0, max(0.1, (HOST_PEAK * machine.host_memory_gb_s - machine.link.h2d_gb_s) / reached))
+        self.has_host = bool(reached) or (laws is not None and str(bits) in laws.host_expert)
+        if not self.has_host:
+            if hasattr(options.miss_rule.module, "loads"):
+                raise SpecError(
+                    f"miss={options.miss} computes experts on the host, but profile {machine.name!r} says nothing about "
+                    "it; give it host_memory_gb_s (--set machine.host_memory_gb_s=80) or leave miss out"
+                )
+            self._host_s: Callable[[int, float], float] = lambda n, share: 0.0
+        elif laws is not None and str(bits) in laws.host_expert:
+            fixed, token = laws.host_expert[str(bits)]
+            self._host_s = lambda n, share: (fixed + token * n) / share
+        else:
+            flops = machine.host_tflops * 1e12
+            self._host_s = lambda n, share: machine.host_expert_fixed_s + max(
+                self.expert_bytes / (reached * 1e9 * share), 2 * self.model.expert_weights * n / flops if flops else 0.0
+            )
+        self._left = left
 
     def _use_measured(self, bits: int, options: Options) -> None:
         laws = self.machine.operators[self.model.name]
@@ -98,17 +132,24 @@ class Timing:
 
     def dense_ns(self, n: int, context: int) -> int:
         """Attention, norms and router of one layer for ``n`` tokens after ``context`` others."""
-        return ns(self._dense_s(n, context))
+        if (n, context) != self._dense_of:
+            self._dense_of = (n, context)
+            self._dense_ns = ns(self._dense_s(n, context))
+        return self._dense_ns
 
-    def routed_ns(self, n: int, context: int) -> int:
-        """From the start of a visit until the host knows the routing and the guesses."""
-        return self.dense_ns(n, context) + self.gates_ns + self.sync_ns
+    def routed_ns(self, n: int, context: int, looks: bool) -> int:
+        """From the start of a visit until the host knows the routing, and the guesses if somebody ``looks`` at them."""
+        return self.dense_ns(n, context) + (self.gates_ns if looks else 0) + self.sync_ns
 
     def expert_ns(self, n: int) -> int:
         """One resident expert for ``n`` tokens."""
         if n not in self._expert:
             self._expert[n] = ns(self._expert_s(n))
         return self._expert[n]
+
+    def host_expert_ns(self, n: int, shared: bool = False) -> int:
+        """One expert for ``n`` tokens on the host; ``shared``: while the link reads the same memory."""
+        return ns(self._host_s(n, self._left if shared else 1.0))
 
     def head_ns(self, n: int) -> int:
         """After the last layer until the next token is chosen."""
@@ -117,7 +158,52 @@ class Timing:
     def plain_visit_ns(self) -> int:
         """A decode visit at context 0 without any stall: the unit in which the planner looks ahead."""
         experts = self.shared_ns + self.model.top_k * self.expert_ns(1)
-        return self.routed_ns(1, 0) + self.host_ns + experts
+        return self.routed_ns(1, 0, True) + self.host_ns + experts
+
+    def tables(self) -> TimeTables:
+        """The same times as the planner's functions want them."""
+        chunks = self.chunks
+        times = Times(
+            expert_ns=[0],
+            host_expert_ns=[0],
+            host_shared_ns=[0],
+            shared_ns=self.shared_ns,
+            host_ns=self.host_ns,
+            wake_ns=self.wake_ns,
+            sync_ns=self.sync_ns,
+            gates_ns=self.gates_ns,
+            plain_ns=self.plain_visit_ns(),
+            chunks=chunks.number,
+            full_ns=chunks.full_ns,
+            last_ns=chunks.last_ns,
+            full_duplex_ns=chunks.full_duplex_ns,
+            last_duplex_ns=chunks.last_duplex_ns,
+            full_shared_ns=chunks.full_host_ns,
+            last_shared_ns=chunks.last_host_ns,
+            load_ns=chunks.total_ns(),
+            write_back_ns=self.write_back_ns,
+            max_submitted=self.max_submitted,
+            expert_bytes=self.expert_bytes,
+            chunk_bytes=chunks.size,
+        )
+        return TimeTables(self, times)
+
+
+class TimeTables:
+    """`Times` whose tables by number of tokens grow as they are needed."""
+
+    def __init__(self, timing: Timing, times: Times) -> None:
+        self.times = times
+        self._timing = timing
+        self.make_room(1)
+
+    def make_room(self, tokens: int) -> None:
+        """Times for visits with up to ``tokens`` tokens to an expert."""
+        timing, times = self._timing, self.times
+        for n in range(len(times.expert_ns), tokens + 1):
+            times.expert_ns.append(timing.expert_ns(n))
+            times.host_expert_ns.append(timing.host_expert_ns(n))
+            times.host_shared_ns.append(timing.host_expert_ns(n, True))
 
 
 def chunk_times(link: LinkProfile, expert_bytes: int, chunk_bytes: int) -> ChunkTimes:
@@ -125,6 +211,7 @@ def chunk_times(link: LinkProfile, expert_bytes: int, chunk_bytes: int) -> Chunk
     count = ceil(expert_bytes / chunk_bytes)
     last = expert_bytes - (count - 1) * chunk_bytes
     duplex = min(link.h2d_duplex_gb_s, link.h2d_gb_s)
+    host = min(link.h2d_host_gb_s or link.h2d_gb_s, link.h2d_gb_s)
     return ChunkTimes(
         number=count,
         size=chunk_bytes,
@@ -133,4 +220,6 @@ def chunk_times(link: LinkProfile, expert_bytes: int, chunk_bytes: int) -> Chunk
         last_ns=copy_ns(last, link.h2d_gb_s, link.h2d_fixed_s),
         full_duplex_ns=copy_ns(chunk_bytes, duplex, link.h2d_fixed_s),
         last_duplex_ns=copy_ns(last, duplex, link.h2d_fixed_s),
+        full_host_ns=copy_ns(chunk_bytes, host, link.h2d_fixed_s),
+        last_host_ns=copy_ns(last, host, link.h2d_fixed_s),
     )

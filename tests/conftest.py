@@ -29,7 +29,7 @@ def round_machine(bits: int = 4, **changes: Any) -> HardwareProfile:
         gates=(1e-7, 2e-7, 3e-7, 4e-7),
         host_s={"default": 1e-6},
     )
-    link = LinkProfile(h2d_gb_s=1.0, h2d_fixed_s=5e-8, d2h_gb_s=1.0, d2h_fixed_s=1e-7, h2d_duplex_gb_s=0.5)
+    link = LinkProfile(1.0, 5e-8, 1.0, 1e-7, h2d_duplex_gb_s=0.5, h2d_host_gb_s=0.8)
     values: dict[str, Any] = {"link": link, "wake_s": 2e-7, "operators": {"tiny": laws}} | changes
     return HardwareProfile(name="round", vram_gb=1, host_gb=1, **values)
 
@@ -97,16 +97,18 @@ def random_setting(seed: int) -> Setting:
     keys = {
         "cache": draw.choice(["lru", "belady"]),
         "predictor": draw.choice(["recorded", "router", "oracle"]),
+        "miss": draw.choice(["load", "load", "cpu", "split"]),
+        "guard": draw.choice([0, 1]),
         "stale": draw.choice(["retract", "keep"]),
         "landing_slots": draw.choice([0, 0, 1, 2, 5]),
         "stream_slots": draw.choice([1, 2, 3]),
-        "chunk_bytes": draw.choice([0, -1, 1000, 5000, 13824]),
+        "chunk_bytes": draw.choice([0, -16, -3, 1000, 5000, 13824]),
         "max_submitted": draw.choice([1, 2, 3, 4]),
         "write_back": draw.choice([0, 0, 1]),
         "copy_stream": draw.choice([1, 1, 1, 0]),
     }
-    base = draw.choice(["on_demand", f"speculative:lookahead={draw.randint(1, 4)},min_score=0.05"])
+    base = draw.choice(["on_demand", f"speculative:lookahead={draw.randint(1, 4)},min_score=0.05,evidence={draw.choice([0.0, 2.0])}"])
     text = base + ("," if ":" in base else ":") + ",".join(f"{k}={v}" for k, v in keys.items())
-    machine = round_machine(wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]))
+    machine = round_machine(wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]), host_memory_gb_s=draw.choice([3.0, 6.0]))
     slots = draw.randint(trace.model.top_k, trace.model.num_experts)
     return Setting(trace, machine, trace.model, 4, slots, options(text), draw.random() < 0.4)

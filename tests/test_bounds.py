@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,15 +84,59 @@ def test_initial_content_is_free_for_every_sequence_but_bounded_by_the_slots() -
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
 def test_no_run_is_below_its_joint_floor(first: int) -> None:
-    """`Experiment.run` raises below the floor; the references are runs too and obey the floor of their own slots."""
+    """`Experiment.run` raises below the floor; the references are runs too and obey the floor of their own slots.
+
+    Without a host that computes experts, the joint floor is the larger of the other two; with one it takes its share
+    of either, so the joint floor may be below compute on the device alone, and never above the floor without it.
+    """
     for seed in range(first, first + 40):
         setting = random_setting(seed)
         found = Experiment().run(setting)
         if found["tpot_s"] is None:
             continue
         limits = found["bounds"]
-        assert limits["joint_floor_s"] == max(limits["all_resident_s"], limits["link_floor_s"]) <= found["tpot_s"]
+        both = max(limits["all_resident_s"], limits["link_floor_s"])
+        assert limits["joint_floor_s"] <= found["tpot_s"], f"seed {seed}: {setting.options.text}"
+        if setting.options.miss == "load":
+            assert limits["joint_floor_s"] == both
+        else:
+            without = replace(setting, options=setting.options.replace(miss="load"))
+            alone = Experiment(references=False).run(without)["bounds"]
+            assert 0 < limits["joint_floor_s"] < alone["joint_floor_s"]
+            assert limits["link_floor_s"] <= alone["link_floor_s"]
         assert limits["all_resident_s"] <= limits["perfect_lookahead_belady_s"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    works=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=6),
+    expert=st.tuples(st.integers(1, 40), st.integers(0, 20)),
+    host=st.tuples(st.integers(1, 60), st.integers(0, 30)),
+)
+def test_a_host_shares_the_work_no_better_than_its_floor_says(works: list, expert: tuple, host: tuple) -> None:
+    """Every division of experts between device and host, tried: the later of the two is never below the floor."""
+
+    def device_ns(tokens: int) -> int:
+        return expert[0] + expert[1] * tokens
+
+    def host_ns(tokens: int) -> int:
+        return host[0] + host[1] * tokens
+
+    timing = SimpleNamespace(expert_ns=device_ns, host_expert_ns=host_ns)
+    passes = [SimpleNamespace(tokens=3, following=1)]
+    trace = SimpleNamespace(passes=lambda: passes)
+    tokens = [n for n, _ in works]
+    resident = sum(map(device_ns, tokens))
+    floor, _ = bounds.with_host_ns(trace, timing, resident, 0, 0)  # type: ignore[arg-type]
+    for chosen in range(1 << len(tokens)):
+        here = sum(device_ns(n) for k, n in enumerate(tokens) if chosen >> k & 1)
+        there = sum(host_ns(n) for k, n in enumerate(tokens) if not chosen >> k & 1)
+        assert max(here, there) >= floor
+    loads, copy_ns = len(tokens), 25
+    _, link = bounds.with_host_ns(trace, timing, resident, loads * copy_ns, loads)  # type: ignore[arg-type]
+    for loaded in range(loads + 1):
+        there = sum(sorted(map(host_ns, tokens))[: loads - loaded])
+        assert max(loaded * copy_ns, there) >= link
 
 
 def test_the_floor_is_reached_when_nothing_stands_in_the_way() -> None:

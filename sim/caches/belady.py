@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sim.plugin import Resident
+from sim.plugin import Experts, Now
 
 SOURCE = "Belady 1966; every miss is admitted"
 NEEDS_FUTURE = True
@@ -14,6 +14,6 @@ class Params(NamedTuple):
     """No parameters."""
 
 
-def score(params: Params, resident: Resident) -> float:
+def score(params: Params, experts: Experts, x: int, now: Now) -> float:
     """Higher is used again sooner."""
-    return -float(resident.next_use)
+    return -float(experts.next_use[x])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sim.plugin import Resident
+from sim.plugin import Experts, Now
 
 SOURCE = "the eviction rule of Mixtral-offloading (Eliseev and Mazur 2023), per layer"
 
@@ -13,6 +13,6 @@ class Params(NamedTuple):
     """No parameters."""
 
 
-def score(params: Params, resident: Resident) -> float:
+def score(params: Params, experts: Experts, x: int, now: Now) -> float:
     """Higher is more recent."""
-    return float(resident.last_use)
+    return float(experts.last_use[x])

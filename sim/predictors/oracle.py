@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from traces import Guesses, Trace, Visit
+import numpy as np
+
+from traces import GuessTable, Trace
+from traces.trace import padding
 
 SOURCE = "bound on any predictor"
 NEEDS_FUTURE = True
@@ -17,16 +19,13 @@ class Params(NamedTuple):
     reach: int = 8
 
 
-def make(params: Params, trace: Trace) -> Callable[[Visit, int], list[Guesses]]:
-    """Routed experts of layers + 1 ... + reach in router order; passes of several tokens get none."""
-    ids = trace.ids.tolist()
-    layers = trace.model.num_layers
-    certain = [1.0] * trace.model.top_k
-
-    def guess(visit: Visit, row: int) -> list[Guesses]:
-        if visit.tokens != 1:
-            return []
-        last = min(visit.layer + params.reach, layers - 1)
-        return [Guesses(ids[row][layer], certain) for layer in range(visit.layer + 1, last + 1)]
-
-    return guess
+def table(params: Params, trace: Trace) -> GuessTable:
+    """Routed experts of layers + 1 ... + reach by id, since their scores are equal."""
+    tokens, layers, top_k = trace.ids.shape
+    reach = max(1, min(params.reach, layers))
+    ids = np.full((tokens, layers, reach, top_k), padding(trace.model.num_experts), trace.ids.dtype)
+    scores = np.zeros(ids.shape, np.float16)
+    for distance in range(1, min(reach, layers - 1) + 1):
+        ids[:, :-distance, distance - 1] = np.sort(trace.ids[:, distance:], axis=-1)
+        scores[:, :-distance, distance - 1] = 1
+    return GuessTable(ids, scores)

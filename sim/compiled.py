@@ -1,0 +1,500 @@
+"""The compiled driver: the planner's own functions and the plug-ins', put into one file and compiled by numba.
+
+`source` writes that file: every function of `sim.plugin`, `wire`, `decide`, `clock`, `guard` and `loop` and of the plug-ins in
+use, renamed so that none collide. All tables of a state lie in two arrays there (one of integers, one of floats), so
+that a function has few arguments: ``s.size[g]`` becomes ``s[0][s[0][PLACE] + g]``. The file is stored under the sha256 of its
+text, so a changed rule is a new driver, and numba finds the machine code of an old one again.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sim import bounds, guard
+from sim.ledger import Counts, Ledger, LoadLog
+from sim.planner import DEMAND, PREFETCH, RETRACT, STREAM, Fitted, config_of, group_sizes, spread
+from sim.spec import Options, SpecError
+from sim.plugin import Experts
+from sim.state import TOTAL_SCALARS, WIRE_SCALARS, Config, State, Times, Wire, new_state, new_wire
+from sim.timing import Timing
+from traces import DECODE, GuessTable, ModelSpec, Trace
+from traces.trace import merged, padding
+
+CORE = ("plugin", "wire", "decide", "clock", "guard", "loop")
+SHARED = ("sim.plugin", "sim.state")  # their classes and constants are imported, so that all drivers use the same
+KINDS = (DEMAND, PREFETCH, RETRACT, STREAM)
+LOG_ROWS = 1 << 20
+
+
+class NotCompilable(SpecError):
+    """A plug-in that numba cannot compile; it still runs in the SimPy driver."""
+
+
+def folder() -> Path:
+    """Where compiled drivers are kept: ``EXPERT_LOOKAHEAD_JIT_CACHE``, or a folder of the user's cache."""
+    named = os.environ.get("EXPERT_LOOKAHEAD_JIT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "expert-lookahead"
+
+
+class Layout(NamedTuple):
+    """Where the tables of a structure lie when they are packed into arrays.
+
+    The first ``scalars`` integers are its table of scalars (`State.n`, `Wire.i`), then come a place and a length for every
+    table, then their contents.
+    """
+
+    scalars: int
+    places: dict[str, int]
+    floats: frozenset[str]
+
+    def place(self, name: str) -> int:
+        """Where the place of a table stands."""
+        return self.scalars + 2 * self.places[name]
+
+
+def _layout(structure: type, scalars: int, first: str) -> Layout:
+    names: list[str] = []
+    floats: set[str] = set()
+    for name, kind in structure.__annotations__.items():
+        inner = Experts.__annotations__ if name == "e" else {name: kind}
+        names += [field for field in inner if field != first]
+        floats |= {field for field, of in inner.items() if "float" in str(of)}
+    return Layout(scalars, {name: k for k, name in enumerate(names)}, frozenset(floats))
+
+
+STATE = _layout(State, TOTAL_SCALARS, "n")
+WIRE = _layout(Wire, WIRE_SCALARS, "i")
+LAYOUTS = dict.fromkeys(("s", "o", "e", "experts"), STATE) | dict.fromkeys(("w", "ow"), WIRE)
+CONSTANTS = dict.fromkeys(("c", "oc"), Config._fields) | dict.fromkeys(("t", "ot"), Times._fields)
+TABLES_OF_TIMES = ("expert_ns", "host_expert_ns", "host_shared_ns")
+
+
+def pack(structure: State | Wire, layout: Layout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """All tables of a structure in two arrays."""
+    tables = structure._asdict()
+    if "e" in tables:
+        tables |= tables.pop("e")._asdict()
+    scalars = tables.pop("n" if "n" in tables else "i")
+    header = np.zeros(2 * len(tables), np.int64)
+    ends = [len(scalars) + len(header), 0]
+    for name, values in tables.items():
+        of = int(name in layout.floats)
+        header[2 * layout.places[name] : 2 * layout.places[name] + 2] = ends[of], len(values)
+        ends[of] += len(values)
+    whole = [values for name, values in tables.items() if name not in layout.floats]
+    parts = [values for name, values in tables.items() if name in layout.floats]
+    return np.concatenate([scalars, header, *whole]), np.concatenate([*parts, np.zeros(1)])
+
+
+def pack_times(times: Times) -> npt.NDArray[np.int64]:
+    """Times in one array; the tables behind the scalars."""
+    values: list[int] = []
+    behind: list[int] = []
+    for name, value in times._asdict().items():
+        values.append(len(Times._fields) + len(behind) if name in TABLES_OF_TIMES else value)
+        behind += value if name in TABLES_OF_TIMES else []
+    return np.array(values + behind, np.int64)
+
+
+class _Renamer(ast.NodeTransformer):
+    """Gives a module's functions a prefix, packs tables, and drops annotations and docstrings.
+
+    ``names``: what is renamed; ``modules``: ``module.function`` becomes ``module_function``; ``rules.function`` becomes the
+    plug-in's.
+    """
+
+    def __init__(self, names: dict[str, str], modules: set[str], rules: dict[str, str]) -> None:
+        self.names, self.modules, self.rules = names, modules, rules
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+        node.id = self.names.get(node.id, node.id)
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.arg = self.names.get(node.arg, node.arg)
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:  # noqa: N802
+        self.generic_visit(node)
+        if node.value is None:
+            return ast.Pass()
+        return ast.Assign([node.target], node.value, lineno=node.lineno)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802
+        if isinstance(node.func, ast.Name) and node.func.id == "len" and isinstance(node.args[0], ast.Attribute):
+            owner, name = _owner(node.args[0])
+            if owner in LAYOUTS:
+                return _read(f"{owner}[0][{LAYOUTS[owner].place(name) + 1}]")
+        self.generic_visit(node)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:  # noqa: N802
+        index = self.visit(node.slice)
+        if isinstance(node.value, ast.Attribute):
+            owner, name = _owner(node.value)
+            if owner in LAYOUTS and name not in ("n", "i"):
+                layout = LAYOUTS[owner]
+                place = _read(f"{owner}[0][{layout.place(name)}]")
+                array = _read(f"{owner}[{int(name in layout.floats)}]")
+                return ast.Subscript(array, ast.BinOp(place, ast.Add(), index), node.ctx)
+            if owner in CONSTANTS:
+                place = _read(f"{owner}[{CONSTANTS[owner].index(name)}]")
+                return ast.Subscript(_read(owner), ast.BinOp(place, ast.Add(), index), node.ctx)
+        return ast.Subscript(self.visit(node.value), index, node.ctx)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802
+        owner, name = _owner(node)
+        if owner in LAYOUTS:
+            return _read(owner if name == "e" else f"{owner}[0]")
+        if owner in CONSTANTS:
+            return _read(f"{owner}[{CONSTANTS[owner].index(name)}]")
+        if owner in self.modules:
+            return ast.Name(f"{owner}_{name}", node.ctx)
+        if owner == "rules" and name in self.rules:
+            return ast.Name(self.rules[name], node.ctx)
+        self.generic_visit(node)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        node.name = self.names.get(node.name, node.name)
+        node.returns = None
+        self.generic_visit(node)
+        node.decorator_list = [_read("njit(cache=True)")]
+        return node
+
+
+def _owner(node: ast.Attribute) -> tuple[str, str]:
+    """(variable, attribute) of ``variable.attribute`` and of ``s.e.attribute``; ("", "") for anything else."""
+    if isinstance(node.value, ast.Name):
+        return node.value.id, node.attr
+    if isinstance(node.value, ast.Attribute) and node.value.attr == "e" and isinstance(node.value.value, ast.Name):
+        return node.value.value.id, node.attr
+    return "", ""
+
+
+def _read(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def _text(module: ModuleType, prefix: str, rules: dict[str, str]) -> str:
+    """A module's functions and constants, renamed."""
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    constants = [node for node in tree.body if isinstance(node, ast.Assign) and not _is_type(node)]
+    local = module.__name__ not in SHARED
+    names = {node.name: f"{prefix}{node.name}" for node in functions}
+    if local:
+        names |= {name.id: f"{prefix}{name.id}" for node in constants for name in _targets(node)}
+    renamer = _Renamer(names, {name for name in CORE if name != "plugin"}, rules)
+    kept: list[ast.AST] = [*(constants if local else []), *functions]
+    return "\n\n".join(ast.unparse(ast.fix_missing_locations(renamer.visit(node))) for node in kept)
+
+
+def _targets(node: ast.Assign) -> list[ast.Name]:
+    return [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def _is_type(node: ast.Assign) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "Any"
+
+
+def _plugin_text(module: ModuleType, kind: str) -> str:
+    """A plug-in's functions and constants that functions can use, renamed."""
+    text = _text(module, f"{kind}_", {})
+    unused = ("SOURCE", "OPTIONS", "NEEDS_FUTURE", "POOLED", "WHOLE_LAYER", "WANTS_GUESSES", "WANTS_TRUST", "fit", "sizes")
+    tree = ast.parse(text)
+    drop = {f"{kind}_{name}" for name in (*unused, "WANTS_AGREEMENT")}
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.FunctionDef) and node.name in drop)
+        and not (isinstance(node, ast.Assign) and any(name.id in drop for name in _targets(node)))
+    ]
+    return ast.unparse(tree)
+
+
+DEFAULTS = """
+@njit(cache=True)
+def no_touch(params, experts, x, tokens, now):
+    return 0.0
+
+@njit(cache=True)
+def no_admit(params, experts, x, victim, now):
+    return True
+
+@njit(cache=True)
+def no_worth(params, guess, link):
+    return 0.0
+
+@njit(cache=True)
+def no_loads(params, misses):
+    return misses.number
+"""
+
+
+def source(options: Options) -> str:
+    """The text of the driver for the plug-ins of ``options``."""
+    modules = (options.cache.module, options.policy.module, options.miss_rule.module)
+    files = [Path(str(module.__file__)) for module in modules]
+    files += [Path(__file__).parent / f"{name}.py" for name in (*CORE, "state")]
+    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _source(modules, stamps)
+
+
+@cache
+def _source(modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tuple[int, int], ...]) -> str:
+    plugins = dict(zip(("cache", "policy", "miss"), modules, strict=True))
+    wanted = {"score": "cache", "touch": "cache", "admit": "cache", "worth": "policy", "loads": "miss"}
+    rules = {
+        name: f"{kind}_{name}" if hasattr(plugins[kind], name) else f"no_{name}" for name, kind in wanted.items()
+    }
+    parts = [
+        "from numba import njit",
+        "from sim.plugin import Experts, Guess, LinkView, Misses, Now",
+        "from sim.state import *",
+        DEFAULTS,
+        *(_plugin_text(module, kind) for kind, module in plugins.items()),
+    ]
+    for name in CORE:
+        module = importlib.import_module(f"sim.{name}")
+        parts.append(_text(module, "" if name == "plugin" else f"{name}_", rules))
+    state = hashlib.sha256((Path(__file__).parent / "state.py").read_bytes()).hexdigest()
+    return "\n\n".join([*parts, f"STATE_SHA256 = {state!r}", ""])
+
+
+@cache
+def driver(text: str) -> ModuleType:
+    """The compiled functions of one source text.
+
+    Raises:
+        SpecError: numba is not installed.
+    """
+    if importlib.util.find_spec("numba") is None:
+        raise SpecError(
+            "the compiled driver needs numba, which is not installed; install the extra "
+            "'fast', or use --driver simpy"
+        )
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    name = f"expert_lookahead_driver_{key}"
+    path = folder() / f"{name}.py"
+    if not path.is_file() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def table(length: int, fill: float = 0) -> npt.NDArray[Any]:
+    """A table as a numpy array."""
+    return np.full(length, fill, np.float64 if isinstance(fill, float) else np.int64)
+
+
+class Rules(NamedTuple):
+    """Parameters of the plug-ins in use."""
+
+    cache: Any
+    policy: Any
+    miss: Any
+
+
+class Arrays(NamedTuple):
+    """A trace as the compiled loop reads it (see `sim.loop.run`); made once, used by every setting of the trace."""
+
+    ids: npt.NDArray[Any]
+    rows: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    decode: npt.NDArray[np.int64]
+    opens: npt.NDArray[np.int64]
+    context: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.int64]
+    most_tokens: int
+    no_expert: int
+
+
+class GuessArrays(NamedTuple):
+    """Guesses as the compiled loop reads them: [rows, L, D, M], and the row of every pass."""
+
+    ids: npt.NDArray[Any]
+    scores: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
+    wraps: bool
+
+
+def arrays_of(trace: Trace) -> Arrays:
+    """The arrays of a trace."""
+    columns = np.array([[p.first, p.tokens, p.phase == DECODE, p.opens, p.context, p.following] for p in trace.passes()])
+    first, tokens, decode, opens, context, following = np.ascontiguousarray(columns.T, np.int64)
+    ids = np.ascontiguousarray(trace.ids)
+    return Arrays(
+        ids, first, tokens, decode, opens, context, following, int(tokens.max()), padding(trace.model.num_experts)
+    )
+
+
+def guess_arrays(guesses: GuessTable | None, arrays: Arrays) -> GuessArrays:
+    """The arrays of a predictor; visits of several tokens get rows of their own, merged."""
+    if guesses is None:
+        none = np.zeros((1, 1, 1, 1), np.uint8)
+        return GuessArrays(none, none.astype(np.float32), np.zeros(len(arrays.rows), np.int64), False)
+    ids, scores = np.ascontiguousarray(guesses.ids), guesses.scores.astype(np.float32)
+    several = np.flatnonzero((arrays.tokens > 1) & (arrays.decode > 0))
+    rows = arrays.rows.copy()
+    if len(several):
+        ids, scores, rows = _merge(ids, scores, arrays, several, rows)
+    return GuessArrays(ids, scores, rows, guesses.wrap)
+
+
+def _merge(
+    ids: npt.NDArray[Any], scores: npt.NDArray[np.float32], arrays: Arrays, several: npt.NDArray[Any], rows: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    _, layers, distances, most = ids.shape
+    width = most * int(arrays.tokens[several].max())
+    shape = (len(ids) + len(several), layers, distances, width)
+    wide_ids = np.full(shape, arrays.no_expert, ids.dtype)
+    wide_scores = np.zeros(shape, np.float32)
+    wide_ids[: len(ids), ..., :most], wide_scores[: len(ids), ..., :most] = ids, scores
+    for k, p in enumerate(several.tolist()):
+        row = rows[p] = len(ids) + k
+        span = slice(int(arrays.rows[p]), int(arrays.rows[p] + arrays.tokens[p]))
+        for layer in range(layers):
+            for d in range(distances):
+                found = merged(ids[span, layer, d].tolist(), scores[span, layer, d].tolist())
+                wide_ids[row, layer, d, : len(found.experts)] = found.experts
+                wide_scores[row, layer, d, : len(found.scores)] = found.scores
+    return wide_ids, wide_scores, rows
+
+
+class Run(NamedTuple):
+    """What one compiled run leaves: counts [2, TOTAL_COUNTS], and the length of every pass in ns."""
+
+    counts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+
+class Parts(NamedTuple):
+    """One planner's tables, packed: state, link, constants, times."""
+
+    s: Any
+    w: Any
+    c: npt.NDArray[np.int64]
+    t: npt.NDArray[np.int64]
+
+
+def parts_of(
+    model: ModelSpec, options: Options, slots: int, timing: Timing, fitted: Fitted, most_tokens: int, max_guesses: int
+) -> tuple[Parts, Config, int]:
+    """Tables of a fresh planner, its constants, and the most prefetches of one visit."""
+    sizes = group_sizes(model, options, slots, fitted.sizes)
+    c = config_of(model, options, sizes, max_guesses, True)
+    most = model.num_experts * (model.num_layers if options.pooled else 1)
+    limits = spread(c.landing_slots if c.lends else 0, [0] * len(sizes), [most] * len(sizes), sizes)
+    s = new_state(c, sizes, limits, fitted.table, fitted.first_use, table)
+    w = new_wire(c.first_stream + c.stream_slots, model.num_experts, options.max_submitted, table)
+    tables = timing.tables()
+    tables.make_room(most_tokens)
+    guard.begin_run(s, c)
+    parts = Parts(pack(s, STATE), pack(w, WIRE), np.array(c, np.int64), pack_times(tables.times))
+    return parts, c, len(s.prefetch_x)
+
+
+def run(
+    arrays: Arrays,
+    guesses: GuessArrays,
+    model: ModelSpec,
+    options: Options,
+    slots: int,
+    timing: Timing,
+    fitted: Fitted,
+    cold: bool = False,
+    log: LoadLog | None = None,
+) -> Run:
+    """Simulate one setting; ``log`` gets its loads.
+
+    Raises:
+        NotCompilable: a plug-in numba cannot compile.
+        SpecError: numba is not installed.
+    """
+    module = driver(source(options))
+    a, g = arrays, guesses
+    own, c, most = parts_of(model, options, slots, timing, fitted, a.most_tokens, g.ids.shape[3])
+    shadow = own
+    if c.guard:
+        plain = options.without_prefetching()
+        shadow_timing = Timing(timing.machine, timing.model, timing.bits, plain)
+        shadow, _, _ = parts_of(model, plain, slots, shadow_timing, fitted, a.most_tokens, 1)
+    layers = model.num_layers
+    passes = len(a.rows)
+    counts = np.zeros((2, module.loop_TOTAL_COUNTS), np.int64)
+    lengths = np.zeros(passes, np.int64)
+    dense = [timing.dense_ns(n, context) for n, context in zip(a.tokens.tolist(), a.context.tolist(), strict=True)]
+    head = [timing.head_ns(n) for n in a.tokens.tolist()]
+    following = np.array(fitted.following, np.int64)
+    most_lines = layers * (3 * model.num_experts + 2 * c.places + most + 4)
+    rows = np.zeros((max(LOG_ROWS, most_lines) if log is not None else 0, 5), np.int64)
+    block = max(1, len(rows) // most_lines) if log is not None else passes
+    seen = np.zeros(model.num_experts, np.int64)
+    rules = Rules(options.cache.params, options.policy.params, options.miss_rule.params)
+    access = 0
+    for first in range(0, passes, block):
+        last = min(passes, first + block)
+        try:
+            access, lines = module.loop_run(
+                *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores, a.no_expert, g.wraps,
+                np.array(dense, np.int64), np.array(head, np.int64), following, options.whole_layer, cold, first, last, access,
+                counts, lengths, rows, seen,
+            )  # fmt: skip
+        except Exception as error:
+            if type(error).__module__.startswith("numba"):
+                names = f"{options.policy.name}, {options.cache.name}, {options.miss}"
+                said = [line.strip() for line in str(error).splitlines() if line.strip() and "Failed in" not in line]
+                reason = said[0] if said else type(error).__name__
+                raise NotCompilable(f"numba cannot compile {names} ({reason}); the SimPy driver runs them") from None
+            raise
+        if log is not None:
+            _write(log, rows[:lines], model.num_experts)
+    unused = int(module.loop_unused_bytes(*own))
+    counts[1, module.loop_H2D_BYTES] += unused
+    counts[1, module.loop_WASTED_BYTES] += unused
+    return Run(counts, lengths)
+
+
+def _write(log: LoadLog, rows: npt.NDArray[np.int64], experts: int) -> None:
+    for kind, visit, x, slot, evicted in rows.tolist():
+        gone = None if evicted < 0 else (evicted // experts, evicted % experts)
+        log.line(visit, x // experts, x % experts, KINDS[kind], slot, gone)
+
+
+def ledger(found: Run, arrays: Arrays, log: LoadLog | None = None) -> Ledger:
+    """A compiled run as the SimPy driver would leave it."""
+    prefill, decode = (Counts(**dict(zip((f.name for f in fields(Counts)), row, strict=True))) for row in found.counts.tolist())
+    is_decode = arrays.decode > 0
+    return Ledger(
+        phases=(prefill, decode),
+        decode_ns=found.lengths[is_decode].tolist(),
+        timed=arrays.weights[is_decode].tolist(),
+        ttft_ns=found.lengths[~is_decode].tolist(),
+        log=log or LoadLog(),
+    )

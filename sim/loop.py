@@ -1,0 +1,280 @@
+"""The compiled driver's loop: passes, visits and what is counted of them, over the arrays of one trace.
+
+Written to be compiled (`sim.compiled`) and never run as it stands. P passes, T rows, L layers, K routed experts of a row, D lookahead
+distances, M guesses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sim import clock, guard, wire
+from sim.decide import Rules
+from sim.state import (
+    CLAIM_HITS,
+    CLAIMS,
+    DEMANDED,
+    HOSTED,
+    LOOKING,
+    NOW,
+    PREFETCHES,
+    RESIDENT,
+    RETRACTS,
+    SERIAL_COPIES,
+    STALL_LATE,
+    STALL_MISS,
+    STREAMED,
+    WASTED,
+    Config,
+    State,
+    Times,
+    Wire,
+)
+
+Array = Any
+
+# rows of the counts, in the order of `sim.ledger.Counts`
+(
+    PASSES_DONE,
+    TOKENS,
+    ELAPSED,
+    ACCESSES_SEEN,
+    TOKEN_ACCESSES,
+    HITS,
+    LATE,
+    MISSES,
+    HOST_COMPUTED,
+    DEMAND_LOADS,
+    PREFETCH_LOADS,
+    PREFETCH_USED,
+    RETRACTED,
+    H2D_BYTES,
+    WASTED_BYTES,
+    STALLED_MISS,
+    STALLED_LATE,
+    COMPUTE,
+    LATENCY,
+    LINK_BUSY,
+    TOTAL_COUNTS,
+) = range(21)
+
+LOG_DEMAND, LOG_PREFETCH, LOG_RETRACT, LOG_STREAM = 0, 1, 2, 3
+
+
+def run(
+    s: State,
+    w: Wire,
+    c: Config,
+    t: Times,
+    o: State,
+    ow: Wire,
+    oc: Config,
+    ot: Times,
+    rules: Rules,
+    ids: Array,
+    pass_rows: Array,
+    pass_tokens: Array,
+    pass_decode: Array,
+    pass_opens: Array,
+    pass_guesses: Array,
+    guess_ids: Array,
+    guess_scores: Array,
+    no_guess: int,
+    wraps: bool,
+    dense_ns: Array,
+    head_ns: Array,
+    following: Array,
+    whole_layer: bool,
+    cold: bool,
+    first_pass: int,
+    last_pass: int,
+    access: int,
+    counts: Array,
+    lengths: Array,
+    log: Array,
+    seen: Array,
+) -> tuple[int, int]:
+    """Passes ``first_pass`` up to ``last_pass``; s, w, c, t the run's, o, ow, oc, ot the guard's shadow.
+
+    ``ids`` [T, L, K]; ``pass_*`` [P]: first row, tokens, decode, opens a sequence, row of the guess table;
+    ``guess_*`` [rows, L, D, M], ``no_guess`` marks none; ``dense_ns``, ``head_ns`` [P]; ``following`` by access, empty for
+    none; ``access``: accesses before. Fills ``counts`` [2, TOTAL_COUNTS], ``lengths`` [P] and ``log`` [lines, 5] (no rows: no
+    log); ``seen`` [E] is scratch. Returns accesses and log lines.
+    """
+    lines = 0
+    layers = c.layers
+    for p in range(first_pass, last_pass):
+        decode = pass_decode[p] > 0
+        tokens = pass_tokens[p]
+        k = counts[1 if decode else 0]
+        start = s.n[NOW]
+        busy = 0
+        if c.copy_stream:
+            wire.advance(w, t, start)
+            busy = wire.busy_so_far_ns(w)
+        for layer in range(layers):
+            index = p * layers + layer
+            used = enter(s, ids, pass_rows[p], tokens, layer, seen)
+            routed = used
+            if whole_layer:
+                routed = enter_rest(s, c, used)
+            if len(following) > 0:
+                for i in range(used):
+                    s.following[i] = following[access + i]
+            access += used
+            if c.guard:
+                for i in range(routed):
+                    o.routed[i] = s.routed[i]
+                    o.counts[i] = s.counts[i]
+                    o.following[i] = s.following[i]
+            looks = decode and s.n[LOOKING] > 0
+            if looks:
+                enter_guesses(s, c, guess_ids, guess_scores, pass_guesses[p], layer, no_guess, wraps)
+            head = head_ns[p] if layer == layers - 1 else 0
+            opens = pass_opens[p] > 0 and layer == 0
+            clock.visit(s, w, c, t, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
+            count(s, c, t, k, routed, used)
+            k[COMPUTE] += dense_ns[p] + t.shared_ns + (t.gates_ns if looks else 0)
+            k[LATENCY] += t.sync_ns + t.host_ns
+            if len(log) > 0:
+                lines = write_log(s, c, log, lines, index, layer, routed)
+            if c.guard:
+                clock.visit(o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
+        if c.guard:
+            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, layers * (t.host_ns - ot.host_ns))
+        elapsed = s.n[NOW] - start
+        lengths[p] = elapsed
+        k[PASSES_DONE] += 1
+        k[TOKENS] += tokens
+        k[ELAPSED] += elapsed
+        k[COMPUTE] += head_ns[p]
+        if c.copy_stream:
+            wire.advance(w, t, s.n[NOW])
+            k[LINK_BUSY] += wire.busy_so_far_ns(w) - busy
+    return access, lines
+
+
+def enter(s: State, ids: Array, row: int, tokens: int, layer: int, seen: Array) -> int:
+    """The routed experts of a visit in router order, and the tokens of each; returns how many there are."""
+    top_k = ids.shape[2]
+    if tokens == 1:
+        for i in range(top_k):
+            s.routed[i] = ids[row, layer, i]
+            s.counts[i] = 1
+        return top_k
+    used = 0
+    for expert in range(len(seen)):
+        seen[expert] = -1
+    for token in range(row, row + tokens):
+        for i in range(top_k):
+            expert = ids[token, layer, i]
+            if seen[expert] < 0:
+                seen[expert] = used
+                s.routed[used] = expert
+                s.counts[used] = 0
+                used += 1
+            s.counts[seen[expert]] += 1
+    return used
+
+
+def enter_rest(s: State, c: Config, used: int) -> int:
+    """The other experts of the layer, by id, with no tokens; returns how many take part in all."""
+    routed = used
+    for expert in range(c.experts):
+        known = False
+        for i in range(used):
+            known = known or s.routed[i] == expert
+        if not known:
+            s.routed[routed] = expert
+            s.counts[routed] = 0
+            routed += 1
+    return routed
+
+
+def enter_guesses(
+    s: State, c: Config, guess_ids: Array, guess_scores: Array, row: int, layer: int, no_guess: int, wraps: bool
+) -> None:
+    """This visit's guesses into the state's input tables."""
+    distances = guess_ids.shape[2]
+    for d in range(c.lookahead):
+        length = 0
+        if d < distances and (wraps or layer + d + 1 < c.layers):
+            for rank in range(guess_ids.shape[3]):
+                expert = guess_ids[row, layer, d, rank]
+                if expert == no_guess:
+                    break
+                s.offer_id[d * c.max_guesses + rank] = expert
+                s.offer_score[d * c.max_guesses + rank] = guess_scores[row, layer, d, rank]
+                length += 1
+        s.offer_len[d] = length
+
+
+def count(s: State, c: Config, t: Times, k: Array, routed: int, used: int) -> None:
+    """Add the visit just planned to the counts of its phase."""
+    n = s.n
+    demand = 0
+    hosted = 0
+    resident = 0
+    tokens = 0
+    for i in range(routed):
+        fate = s.fate[i]
+        if fate == DEMANDED or fate == STREAMED:
+            demand += 1
+        elif fate == RESIDENT:
+            resident += 1
+        elif fate == HOSTED:
+            hosted += 1
+        if fate != HOSTED:
+            k[COMPUTE] += t.expert_ns[s.counts[i]]
+        tokens += s.counts[i]
+    k[ACCESSES_SEEN] += used
+    k[TOKEN_ACCESSES] += tokens
+    k[HITS] += resident + n[CLAIM_HITS]
+    k[LATE] += n[CLAIMS] - n[CLAIM_HITS]
+    k[MISSES] += used - resident - n[CLAIMS]
+    k[HOST_COMPUTED] += hosted
+    k[DEMAND_LOADS] += demand
+    k[PREFETCH_LOADS] += n[PREFETCHES]
+    k[PREFETCH_USED] += n[CLAIMS]
+    k[RETRACTED] += n[RETRACTS]
+    k[H2D_BYTES] += (demand + n[CLAIMS]) * t.expert_bytes + n[WASTED]
+    k[WASTED_BYTES] += n[WASTED]
+    k[STALLED_MISS] += n[STALL_MISS]
+    k[STALLED_LATE] += n[STALL_LATE]
+    k[LINK_BUSY] += n[SERIAL_COPIES] * t.load_ns
+
+
+def write_log(s: State, c: Config, log: Array, lines: int, index: int, layer: int, routed: int) -> int:
+    """One row for every load of the visit: kind, visit, layer * experts + expert, slot, evicted x or -1."""
+    base = layer * c.experts
+    for k in range(s.n[RETRACTS]):
+        lines = write_row(log, lines, LOG_RETRACT, index, s.retract_x[k], s.retract_slot[k], -1)
+    for i in range(routed):
+        if s.fate[i] == DEMANDED:
+            lines = write_row(log, lines, LOG_DEMAND, index, base + s.routed[i], s.slot[i], s.evicted[i])
+    for i in range(routed):
+        if s.fate[i] == STREAMED:
+            lines = write_row(log, lines, LOG_STREAM, index, base + s.routed[i], s.slot[i], -1)
+    for k in range(s.n[PREFETCHES]):
+        x = s.prefetch_x[k]
+        lines = write_row(log, lines, LOG_PREFETCH, index, x, s.early_slot[x], s.prefetch_evicted[k])
+    return lines
+
+
+def write_row(log: Array, lines: int, kind: int, index: int, x: int, slot: int, evicted: int) -> int:
+    """One row; returns the rows written so far."""
+    log[lines, 0] = kind
+    log[lines, 1] = index
+    log[lines, 2] = x
+    log[lines, 3] = slot
+    log[lines, 4] = evicted
+    return lines + 1
+
+
+def unused_bytes(s: State, w: Wire, c: Config, t: Times) -> int:
+    """Bytes copied for early loads that are still waiting for their use."""
+    moved = 0
+    for x in range(c.layers * c.experts):
+        if s.early[x]:
+            moved += wire.bytes_submitted(w, t, s.early_copy[x]) if c.copy_stream else t.expert_bytes
+    return moved

@@ -50,7 +50,7 @@ def fewest_loads(trace: Trace, sizes: Sequence[int], landing_slots: int) -> int:
     per_layer: list[list[list[list[int]]]] = [[] for _ in range(layers)]  # [layer][segment][visit][expert]
     pooled: list[list[list[int]]] = []
     visits = trace.visits()
-    previous = False
+    previous = 0
     for counts in timed:
         if counts and not previous:
             pooled.append([])

@@ -1,7 +1,7 @@
 """One visit from its routing to its end: decisions, and their times on the planner's virtual link clock.
 
-The clock is the SimPy driver's timeline by arithmetic alone: the same rules, the same integer nanoseconds. It advances by
-the profile, so every driver sees the same plans.
+The clock is the SimPy driver's timeline by arithmetic alone: the same rules, the same integer nanoseconds. It advances
+by the profile, so every driver sees the same plans.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from sim.plugin import Misses
 from sim.state import (
     ACTIVE,
     APPETITE,
-    CLAIMED,
     CLAIM_HITS,
+    CLAIMED,
     CLAIMS,
     DEMANDED,
     DISPLACED,
@@ -105,9 +105,7 @@ def visit(
             n[NOW] = serial(s, c, t, routed) + head_ns
 
 
-def loads_of_misses(
-    s: State, w: Wire, c: Config, t: Times, rules: Rules, layer: int, routed: int, used: int
-) -> int:
+def loads_of_misses(s: State, w: Wire, c: Config, t: Times, rules: Rules, layer: int, routed: int, used: int) -> int:
     """How many of the visit's misses are loaded; the host computes the others."""
     number = decide.missing(s, c, layer, routed)
     if number == 0:

@@ -1,8 +1,9 @@
 """The compiled driver: the planner's own functions and the plug-ins', put into one file and compiled by numba.
 
-`source` writes that file: every function of `sim.plugin`, `wire`, `decide`, `clock`, `guard` and `loop` and of the plug-ins in
-use, renamed so that none collide. All tables of a state lie in two arrays there (one of integers, one of floats), so
-that a function has few arguments: ``s.size[g]`` becomes ``s[0][s[0][PLACE] + g]``. The file is stored under the sha256 of its
+`source` writes that file: every function of `sim.plugin`, `wire`, `decide`, `clock`, `guard` and `loop` and of the
+plug-ins in use, renamed so that none collide. All tables of a state lie in two arrays there (one of integers, one of
+floats), handed on as bare pointers, so that a function has few arguments and nothing is counted or checked:
+``s.size[g]`` becomes ``s[0][s[0][PLACE] + g]``. The file is stored under the sha256 of its
 text, so a changed rule is a new driver, and numba finds the machine code of an old one again.
 """
 
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sim import bounds, guard
+from sim import guard
 from sim.ledger import Counts, Ledger, LoadLog
 from sim.planner import DEMAND, PREFETCH, RETRACT, STREAM, Fitted, config_of, group_sizes, spread
-from sim.spec import Options, SpecError
 from sim.plugin import Experts
+from sim.spec import Options, SpecError
 from sim.state import TOTAL_SCALARS, WIRE_SCALARS, Config, State, Times, Wire, new_state, new_wire
 from sim.timing import Timing
 from traces import DECODE, GuessTable, ModelSpec, Trace
@@ -39,7 +40,7 @@ KINDS = (DEMAND, PREFETCH, RETRACT, STREAM)
 LOG_ROWS = 1 << 20
 
 
-class NotCompilable(SpecError):
+class CompileError(SpecError):
     """A plug-in that numba cannot compile; it still runs in the SimPy driver."""
 
 
@@ -53,8 +54,8 @@ def folder() -> Path:
 class Layout(NamedTuple):
     """Where the tables of a structure lie when they are packed into arrays.
 
-    The first ``scalars`` integers are its table of scalars (`State.n`, `Wire.i`), then come a place and a length for every
-    table, then their contents.
+    The first ``scalars`` integers are its table of scalars (`State.n`, `Wire.i`), then come a place and a length for
+    every table, then their contents.
     """
 
     scalars: int
@@ -113,14 +114,14 @@ def pack_times(times: Times) -> npt.NDArray[np.int64]:
 class _Renamer(ast.NodeTransformer):
     """Gives a module's functions a prefix, packs tables, and drops annotations and docstrings.
 
-    ``names``: what is renamed; ``modules``: ``module.function`` becomes ``module_function``; ``rules.function`` becomes the
-    plug-in's.
+    ``names``: what is renamed; ``modules``: ``module.function`` becomes ``module_function``; ``rules.function``
+    becomes the plug-in's.
     """
 
     def __init__(self, names: dict[str, str], modules: set[str], rules: dict[str, str]) -> None:
         self.names, self.modules, self.rules = names, modules, rules
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         node.id = self.names.get(node.id, node.id)
         return node
 
@@ -129,13 +130,13 @@ class _Renamer(ast.NodeTransformer):
         node.annotation = None
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
         if node.value is None:
             return ast.Pass()
         return ast.Assign([node.target], node.value, lineno=node.lineno)
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "len" and isinstance(node.args[0], ast.Attribute):
             owner, name = _owner(node.args[0])
             if owner in LAYOUTS:
@@ -143,7 +144,7 @@ class _Renamer(ast.NodeTransformer):
         self.generic_visit(node)
         return node
 
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:  # noqa: N802
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         index = self.visit(node.slice)
         if isinstance(node.value, ast.Attribute):
             owner, name = _owner(node.value)
@@ -157,7 +158,7 @@ class _Renamer(ast.NodeTransformer):
                 return ast.Subscript(_read(owner), ast.BinOp(place, ast.Add(), index), node.ctx)
         return ast.Subscript(self.visit(node.value), index, node.ctx)
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         owner, name = _owner(node)
         if owner in LAYOUTS:
             return _read(owner if name == "e" else f"{owner}[0]")
@@ -170,13 +171,13 @@ class _Renamer(ast.NodeTransformer):
         self.generic_visit(node)
         return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         node.name = self.names.get(node.name, node.name)
         node.returns = None
         self.generic_visit(node)
-        node.decorator_list = [_read("njit(cache=True)")]
+        node.decorator_list = [_read("njit(cache=True, nogil=True)")]
         return node
 
 
@@ -219,7 +220,17 @@ def _is_type(node: ast.Assign) -> bool:
 def _plugin_text(module: ModuleType, kind: str) -> str:
     """A plug-in's functions and constants that functions can use, renamed."""
     text = _text(module, f"{kind}_", {})
-    unused = ("SOURCE", "OPTIONS", "NEEDS_FUTURE", "POOLED", "WHOLE_LAYER", "WANTS_GUESSES", "WANTS_TRUST", "fit", "sizes")
+    unused = (
+        "SOURCE",
+        "OPTIONS",
+        "NEEDS_FUTURE",
+        "POOLED",
+        "WHOLE_LAYER",
+        "WANTS_GUESSES",
+        "WANTS_TRUST",
+        "fit",
+        "sizes",
+    )
     tree = ast.parse(text)
     drop = {f"{kind}_{name}" for name in (*unused, "WANTS_AGREEMENT")}
     tree.body = [
@@ -232,21 +243,40 @@ def _plugin_text(module: ModuleType, kind: str) -> str:
 
 
 DEFAULTS = """
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def no_touch(params, experts, x, tokens, now):
     return 0.0
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def no_admit(params, experts, x, victim, now):
     return True
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def no_worth(params, guess, link):
     return 0.0
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def no_loads(params, misses):
     return misses.number
+"""
+
+
+ENTRY = """
+@njit(cache=True, nogil=True)
+def entry(s, w, c, t, o, ow, oc, ot, rules, ids, rows, tokens, decode, opens, guess_rows, guess_ids, guess_scores,
+          distances, guesses, no_guess, wraps, dense_ns, head_ns, following, knows_future, whole_layer, cold, first,
+          last, access, counts, lengths, log, logs, seen):
+    return loop_run(
+        (pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t),
+        (pointer(o[0]), pointer(o[1])), (pointer(ow[0]), pointer(ow[1])), pointer(oc), pointer(ot),
+        rules, pointer(ids), pointer(rows), pointer(tokens), pointer(decode), pointer(opens), pointer(guess_rows),
+        pointer(guess_ids), pointer(guess_scores), distances, guesses, no_guess, wraps, pointer(dense_ns),
+        pointer(head_ns), pointer(following), knows_future, whole_layer, cold, first, last, access, pointer(counts),
+        pointer(lengths), pointer(log), logs, pointer(seen))
+
+@njit(cache=True, nogil=True)
+def left_over(s, w, c, t):
+    return loop_unused_bytes((pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t))
 """
 
 
@@ -263,12 +293,11 @@ def source(options: Options) -> str:
 def _source(modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tuple[int, int], ...]) -> str:
     plugins = dict(zip(("cache", "policy", "miss"), modules, strict=True))
     wanted = {"score": "cache", "touch": "cache", "admit": "cache", "worth": "policy", "loads": "miss"}
-    rules = {
-        name: f"{kind}_{name}" if hasattr(plugins[kind], name) else f"no_{name}" for name, kind in wanted.items()
-    }
+    rules = {name: f"{kind}_{name}" if hasattr(plugins[kind], name) else f"no_{name}" for name, kind in wanted.items()}
     parts = [
         "from numba import njit",
         "from sim.plugin import Experts, Guess, LinkView, Misses, Now",
+        "from sim.pointers import pointer",
         "from sim.state import *",
         DEFAULTS,
         *(_plugin_text(module, kind) for kind, module in plugins.items()),
@@ -277,7 +306,7 @@ def _source(modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tu
         module = importlib.import_module(f"sim.{name}")
         parts.append(_text(module, "" if name == "plugin" else f"{name}_", rules))
     state = hashlib.sha256((Path(__file__).parent / "state.py").read_bytes()).hexdigest()
-    return "\n\n".join([*parts, f"STATE_SHA256 = {state!r}", ""])
+    return "\n\n".join([*parts, ENTRY, f"STATE_SHA256 = {state!r}", ""])
 
 
 @cache
@@ -289,8 +318,7 @@ def driver(text: str) -> ModuleType:
     """
     if importlib.util.find_spec("numba") is None:
         raise SpecError(
-            "the compiled driver needs numba, which is not installed; install the extra "
-            "'fast', or use --driver simpy"
+            "the compiled driver needs numba, which is not installed; install the extra 'fast', or use --driver simpy"
         )
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     name = f"expert_lookahead_driver_{key}"
@@ -346,7 +374,9 @@ class GuessArrays(NamedTuple):
 
 def arrays_of(trace: Trace) -> Arrays:
     """The arrays of a trace."""
-    columns = np.array([[p.first, p.tokens, p.phase == DECODE, p.opens, p.context, p.following] for p in trace.passes()])
+    columns = np.array(
+        [[p.first, p.tokens, p.phase == DECODE, p.opens, p.context, p.following] for p in trace.passes()]
+    )
     first, tokens, decode, opens, context, following = np.ascontiguousarray(columns.T, np.int64)
     ids = np.ascontiguousarray(trace.ids)
     return Arrays(
@@ -368,7 +398,11 @@ def guess_arrays(guesses: GuessTable | None, arrays: Arrays) -> GuessArrays:
 
 
 def _merge(
-    ids: npt.NDArray[Any], scores: npt.NDArray[np.float32], arrays: Arrays, several: npt.NDArray[Any], rows: npt.NDArray[Any]
+    ids: npt.NDArray[Any],
+    scores: npt.NDArray[np.float32],
+    arrays: Arrays,
+    several: npt.NDArray[Any],
+    rows: npt.NDArray[Any],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     _, layers, distances, most = ids.shape
     width = most * int(arrays.tokens[several].max())
@@ -434,7 +468,7 @@ def run(
     """Simulate one setting; ``log`` gets its loads.
 
     Raises:
-        NotCompilable: a plug-in numba cannot compile.
+        CompileError: a plug-in numba cannot compile.
         SpecError: numba is not installed.
     """
     module = driver(source(options))
@@ -461,21 +495,22 @@ def run(
     for first in range(0, passes, block):
         last = min(passes, first + block)
         try:
-            access, lines = module.loop_run(
-                *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores, a.no_expert, g.wraps,
-                np.array(dense, np.int64), np.array(head, np.int64), following, options.whole_layer, cold, first, last, access,
-                counts, lengths, rows, seen,
+            access, lines = module.entry(
+                *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores,
+                g.ids.shape[2], g.ids.shape[3], a.no_expert, g.wraps, np.array(dense, np.int64), np.array(head,
+                np.int64), following, bool(len(following)), options.whole_layer, cold, first, last, access, counts,
+                lengths, rows, log is not None, seen,
             )  # fmt: skip
         except Exception as error:
             if type(error).__module__.startswith("numba"):
                 names = f"{options.policy.name}, {options.cache.name}, {options.miss}"
                 said = [line.strip() for line in str(error).splitlines() if line.strip() and "Failed in" not in line]
                 reason = said[0] if said else type(error).__name__
-                raise NotCompilable(f"numba cannot compile {names} ({reason}); the SimPy driver runs them") from None
+                raise CompileError(f"numba cannot compile {names} ({reason}); the SimPy driver runs them") from None
             raise
         if log is not None:
             _write(log, rows[:lines], model.num_experts)
-    unused = int(module.loop_unused_bytes(*own))
+    unused = int(module.left_over(*own))
     counts[1, module.loop_H2D_BYTES] += unused
     counts[1, module.loop_WASTED_BYTES] += unused
     return Run(counts, lengths)
@@ -489,7 +524,9 @@ def _write(log: LoadLog, rows: npt.NDArray[np.int64], experts: int) -> None:
 
 def ledger(found: Run, arrays: Arrays, log: LoadLog | None = None) -> Ledger:
     """A compiled run as the SimPy driver would leave it."""
-    prefill, decode = (Counts(**dict(zip((f.name for f in fields(Counts)), row, strict=True))) for row in found.counts.tolist())
+    prefill, decode = (
+        Counts(**dict(zip((f.name for f in fields(Counts)), row, strict=True))) for row in found.counts.tolist()
+    )
     is_decode = arrays.decode > 0
     return Ledger(
         phases=(prefill, decode),

@@ -92,7 +92,7 @@ def forget(s: State, c: Config) -> None:
     slot = 0
     for group in range(c.groups):
         size = s.size[group]
-        s.count[group] = 0
+        s.residents[group] = 0
         s.free_count[group] = size
         s.lent[group] = 0
         for k in range(size):
@@ -130,7 +130,7 @@ def judge(s: State, c: Config, index: int, layer: int) -> None:
                 s.landing[s.n[LANDING_FREE]] = s.early_slot[x]
                 s.n[LANDING_FREE] += 1
             else:
-                leave(s, c, x)
+                leave(s, group_of(c, layer), x)
                 give_back(s, group_of(c, layer), s.early_slot[x])
     s.pending_count[layer] = routed
 
@@ -269,19 +269,18 @@ def give_back(s: State, group: int, slot: int) -> None:
 def admit(s: State, group: int, x: int, slot: int) -> None:
     """x becomes resident in ``slot``."""
     s.slot_of[x] = slot
-    s.member_of[x] = s.count[group]
-    s.members[s.start[group] + s.count[group]] = x
-    s.count[group] += 1
+    s.member_of[x] = s.residents[group]
+    s.members[s.start[group] + s.residents[group]] = x
+    s.residents[group] += 1
     s.n[ADMITTED] += 1
     s.e.loaded[x] = s.n[ADMITTED]
     s.e.uses_resident[x] = 0
 
 
-def leave(s: State, c: Config, x: int) -> int:
+def leave(s: State, group: int, x: int) -> int:
     """x is no longer resident; returns the slot it had."""
-    group = group_of(c, x // c.experts)
-    s.count[group] -= 1
-    other = s.members[s.start[group] + s.count[group]]
+    s.residents[group] -= 1
+    other = s.members[s.start[group] + s.residents[group]]
     s.members[s.start[group] + s.member_of[x]] = other
     s.member_of[other] = s.member_of[x]
     slot = s.slot_of[x]
@@ -294,14 +293,14 @@ def evict(s: State, c: Config, group: int, victim: int) -> int:
     if s.early[victim] == KEPT:
         remove_early(s, c, victim)
         drop(s, victim)
-    return leave(s, c, victim)
+    return leave(s, group, victim)
 
 
 def find_victim(s: State, c: Config, rules: Rules, now: Now, group: int) -> int:
     """The resident expert (x) with the lowest score that is neither routed now nor on its way; -1 if there is none."""
     best, lowest = -1, 0.0
     first = s.start[group]
-    for k in range(first, first + s.count[group]):
+    for k in range(first, first + s.residents[group]):
         x = s.members[k]
         if s.routed_at[x] == now.visit or s.early[x] == PENDING:
             continue
@@ -501,7 +500,8 @@ def worth_of(s: State, c: Config, rules: Rules, k: int, load_ns: int, chunk_ns: 
         c.top_k,
     )
     link = LinkView(s.ahead[d], s.ahead[0], load_ns, chunk_ns, max_submitted, s.window[d])
-    return rules.worth(rules.policy, guess, link)
+    worth: float = rules.worth(rules.policy, guess, link)
+    return worth
 
 
 def issue_prefetches(
@@ -616,4 +616,5 @@ def missing(s: State, c: Config, layer: int, routed: int) -> int:
 
 def loads_for(rules: Rules, misses: Misses) -> int:
     """How many of the misses are loaded, by the run's rule for misses."""
-    return min(misses.number, max(0, rules.loads(rules.miss, misses)))
+    number: int = rules.loads(rules.miss, misses)
+    return min(misses.number, max(0, number))

@@ -172,7 +172,7 @@ def compiled_replay(setting: Setting, log: IO[str] | None = None, logged: bool =
     """Run the compiled driver once; without ``logged`` the ledger's load log stays empty.
 
     Raises:
-        NotCompilable: a plug-in numba cannot compile.
+        CompileError: a plug-in numba cannot compile.
         SpecError: numba is not installed.
     """
     trace, run = setting.trace, setting.options
@@ -215,7 +215,7 @@ def quick_tpot_s(setting: Setting) -> float | None:
 def _compiled_tpot_s(setting: Setting) -> float | None:
     try:
         ledger = compiled_replay(setting, logged=False)
-    except compiled.NotCompilable:
+    except compiled.CompileError:
         return quick_tpot_s(setting)
     total = sum(ns * weight for ns, weight in zip(ledger.decode_ns, ledger.timed, strict=True))
     return total / sum(ledger.timed) / 1e9 if any(ledger.timed) else None
@@ -240,7 +240,7 @@ class Experiment:
         if used == "compiled":
             try:
                 ledger = compiled_replay(setting, log)
-            except compiled.NotCompilable as error:
+            except compiled.CompileError as error:
                 print(error, file=sys.stderr)
                 used = "simpy"
         if used == "simpy":
@@ -287,6 +287,7 @@ class Experiment:
         chunks = {"chunk_bytes": run.chunk_bytes, "max_submitted": run.max_submitted} if run.copy_stream else {}
         text = f"perfect:lookahead={distance}" if distance else "on_demand"
         perfect = options(text, cache=cache, predictor=f"oracle:reach={max(1, distance)}", **shared, **chunks)
+        perfect = perfect.replace(extra_slots=run.extra_slots)
         other = replace(setting, options=perfect)
         key = _key(other)
         if key not in self._tpot:
@@ -312,7 +313,16 @@ BOUNDS = (
 def _key(setting: Setting) -> tuple[Any, ...]:
     run = setting.options.replace(text="")
     plugins = (run.policy.text(), run.cache.text(), run.predictor if run.prefetches else "")
-    rest = (run.stale, run.miss, run.guarded, run.landing_slots, run.stream_slots, run.write_back, run.copy_stream)
+    rest = (
+        run.stale,
+        run.miss,
+        run.guarded,
+        run.extra_slots,
+        run.landing_slots,
+        run.stream_slots,
+        run.write_back,
+        run.copy_stream,
+    )
     return (*plugins, *rest, run.chunk_bytes, run.max_submitted, setting.slots, setting.bits, setting.cold_sequences)
 
 

@@ -87,7 +87,7 @@ def watch_trial(s: State, gain_ns: int, credit: int, budget: int) -> None:
         n[BALANCE] = credit
         n[REST_LENGTH] = max(LEARN, n[REST_LENGTH] // 4)
         n[ENTRY] = 0
-    if n[BALANCE] < -credit - n[ENTRY] or n[BALANCE] < 0 and n[ACCOUNT] < -budget:
+    if n[BALANCE] < -credit - n[ENTRY] or (n[BALANCE] < 0 and n[ACCOUNT] < -budget):
         n[ACTIVE] = n[LOOKING] = 0
         n[REST_LENGTH] = min(LONGEST_REST, n[REST_LENGTH] * 4)
         n[REST] = n[REST_LENGTH]

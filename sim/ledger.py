@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import IO
 
-from sim.planner import RETRACT, Load, Plan
+from sim.planner import RETRACT, Plan
 
 
 @dataclass(slots=True)
@@ -42,8 +42,8 @@ class Counts:
         self.token_accesses += sum(visit.counts)
         self.hits += resident
         self.misses += accesses - resident - claimed
-        if accesses > resident:
-            self.prefetch_used += claimed
+        self.prefetch_used += claimed
+        if plan.demand or plan.stream or plan.host:
             self.demand_loads += len(plan.demand) + len(plan.stream)
             self.host_computed += len(plan.host)
         if plan.prefetch or plan.retract:
@@ -74,9 +74,7 @@ class LoadLog:
             gone = None if load.evicted is None else (load.evicted_layer, load.evicted)
             self.line(visit, load.layer, load.expert, load.kind, load.slot, gone)
 
-    def line(
-        self, visit: int, layer: int, expert: int, kind: str, slot: int, evicted: tuple[int, int] | None
-    ) -> None:
+    def line(self, visit: int, layer: int, expert: int, kind: str, slot: int, evicted: tuple[int, int] | None) -> None:
         """Append one load; ``evicted``: layer and expert that lost the slot."""
         gone = "null" if evicted is None else str(evicted[1])
         if evicted is not None and evicted[0] != layer:

@@ -286,7 +286,7 @@ class Link:
             return
         if (self._demand[0] if self._demand else self._prefetch[0]) is not head:
             return
-        if len(self._fifo) != self.max_submitted or any([copy is not head for copy in self._fifo]):
+        if len(self._fifo) != self.max_submitted or self._fifo.count(head) != len(self._fifo):
             return
         full = self.chunks.full_ns
         most = head.unsubmitted if self.max_submitted > 1 else head.unsubmitted - 1

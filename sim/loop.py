@@ -1,7 +1,7 @@
 """The compiled driver's loop: passes, visits and what is counted of them, over the arrays of one trace.
 
-Written to be compiled (`sim.compiled`) and never run as it stands. P passes, T rows, L layers, K routed experts of a row, D lookahead
-distances, M guesses.
+Written to be compiled (`sim.compiled`) and never run as it stands; arrays are flat. P passes, T rows, L layers, K
+routed experts of a row, D lookahead distances, M guesses.
 """
 
 from __future__ import annotations
@@ -79,11 +79,14 @@ def run(
     pass_guesses: Array,
     guess_ids: Array,
     guess_scores: Array,
+    distances: int,
+    guesses: int,
     no_guess: int,
     wraps: bool,
     dense_ns: Array,
     head_ns: Array,
     following: Array,
+    knows_future: bool,
     whole_layer: bool,
     cold: bool,
     first_pass: int,
@@ -92,21 +95,22 @@ def run(
     counts: Array,
     lengths: Array,
     log: Array,
+    logs: bool,
     seen: Array,
 ) -> tuple[int, int]:
     """Passes ``first_pass`` up to ``last_pass``; s, w, c, t the run's, o, ow, oc, ot the guard's shadow.
 
     ``ids`` [T, L, K]; ``pass_*`` [P]: first row, tokens, decode, opens a sequence, row of the guess table;
-    ``guess_*`` [rows, L, D, M], ``no_guess`` marks none; ``dense_ns``, ``head_ns`` [P]; ``following`` by access, empty for
-    none; ``access``: accesses before. Fills ``counts`` [2, TOTAL_COUNTS], ``lengths`` [P] and ``log`` [lines, 5] (no rows: no
-    log); ``seen`` [E] is scratch. Returns accesses and log lines.
+    ``guess_*`` [rows, L, D, M] with D ``distances`` and M ``guesses``, ``no_guess`` marks none; ``dense_ns``,
+    ``head_ns`` [P]; ``following`` by access; ``access``: accesses before. Fills ``counts`` [2, TOTAL_COUNTS],
+    ``lengths`` [P] and, if it ``logs``, ``log`` [lines, 5]; ``seen`` [E] is scratch. Returns accesses and log lines.
     """
     lines = 0
     layers = c.layers
     for p in range(first_pass, last_pass):
         decode = pass_decode[p] > 0
         tokens = pass_tokens[p]
-        k = counts[1 if decode else 0]
+        k = TOTAL_COUNTS if decode else 0
         start = s.n[NOW]
         busy = 0
         if c.copy_stream:
@@ -114,11 +118,11 @@ def run(
             busy = wire.busy_so_far_ns(w)
         for layer in range(layers):
             index = p * layers + layer
-            used = enter(s, ids, pass_rows[p], tokens, layer, seen)
+            used = enter(s, c, ids, pass_rows[p], tokens, layer, seen)
             routed = used
             if whole_layer:
                 routed = enter_rest(s, c, used)
-            if len(following) > 0:
+            if knows_future:
                 for i in range(used):
                     s.following[i] = following[access + i]
             access += used
@@ -129,14 +133,15 @@ def run(
                     o.following[i] = s.following[i]
             looks = decode and s.n[LOOKING] > 0
             if looks:
-                enter_guesses(s, c, guess_ids, guess_scores, pass_guesses[p], layer, no_guess, wraps)
+                row = pass_guesses[p] * layers + layer
+                enter_guesses(s, c, guess_ids, guess_scores, row, layer, distances, guesses, no_guess, wraps)
             head = head_ns[p] if layer == layers - 1 else 0
             opens = pass_opens[p] > 0 and layer == 0
             clock.visit(s, w, c, t, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
-            count(s, c, t, k, routed, used)
-            k[COMPUTE] += dense_ns[p] + t.shared_ns + (t.gates_ns if looks else 0)
-            k[LATENCY] += t.sync_ns + t.host_ns
-            if len(log) > 0:
+            count(s, c, t, counts, k, routed, used)
+            counts[k + COMPUTE] += dense_ns[p] + t.shared_ns + (t.gates_ns if looks else 0)
+            counts[k + LATENCY] += t.sync_ns + t.host_ns
+            if logs:
                 lines = write_log(s, c, log, lines, index, layer, routed)
             if c.guard:
                 clock.visit(o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
@@ -144,30 +149,31 @@ def run(
             guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, layers * (t.host_ns - ot.host_ns))
         elapsed = s.n[NOW] - start
         lengths[p] = elapsed
-        k[PASSES_DONE] += 1
-        k[TOKENS] += tokens
-        k[ELAPSED] += elapsed
-        k[COMPUTE] += head_ns[p]
+        counts[k + PASSES_DONE] += 1
+        counts[k + TOKENS] += tokens
+        counts[k + ELAPSED] += elapsed
+        counts[k + COMPUTE] += head_ns[p]
         if c.copy_stream:
             wire.advance(w, t, s.n[NOW])
-            k[LINK_BUSY] += wire.busy_so_far_ns(w) - busy
+            counts[k + LINK_BUSY] += wire.busy_so_far_ns(w) - busy
     return access, lines
 
 
-def enter(s: State, ids: Array, row: int, tokens: int, layer: int, seen: Array) -> int:
+def enter(s: State, c: Config, ids: Array, row: int, tokens: int, layer: int, seen: Array) -> int:
     """The routed experts of a visit in router order, and the tokens of each; returns how many there are."""
-    top_k = ids.shape[2]
+    top_k = c.top_k
+    first = (row * c.layers + layer) * top_k
     if tokens == 1:
         for i in range(top_k):
-            s.routed[i] = ids[row, layer, i]
+            s.routed[i] = ids[first + i]
             s.counts[i] = 1
         return top_k
     used = 0
-    for expert in range(len(seen)):
+    for expert in range(c.experts):
         seen[expert] = -1
-    for token in range(row, row + tokens):
+    for token in range(tokens):
         for i in range(top_k):
-            expert = ids[token, layer, i]
+            expert = ids[first + token * c.layers * top_k + i]
             if seen[expert] < 0:
                 seen[expert] = used
                 s.routed[used] = expert
@@ -192,25 +198,34 @@ def enter_rest(s: State, c: Config, used: int) -> int:
 
 
 def enter_guesses(
-    s: State, c: Config, guess_ids: Array, guess_scores: Array, row: int, layer: int, no_guess: int, wraps: bool
+    s: State,
+    c: Config,
+    guess_ids: Array,
+    guess_scores: Array,
+    row: int,
+    layer: int,
+    distances: int,
+    guesses: int,
+    no_guess: int,
+    wraps: bool,
 ) -> None:
     """This visit's guesses into the state's input tables."""
-    distances = guess_ids.shape[2]
     for d in range(c.lookahead):
         length = 0
         if d < distances and (wraps or layer + d + 1 < c.layers):
-            for rank in range(guess_ids.shape[3]):
-                expert = guess_ids[row, layer, d, rank]
+            first = (row * distances + d) * guesses
+            for rank in range(guesses):
+                expert = guess_ids[first + rank]
                 if expert == no_guess:
                     break
                 s.offer_id[d * c.max_guesses + rank] = expert
-                s.offer_score[d * c.max_guesses + rank] = guess_scores[row, layer, d, rank]
+                s.offer_score[d * c.max_guesses + rank] = guess_scores[first + rank]
                 length += 1
         s.offer_len[d] = length
 
 
-def count(s: State, c: Config, t: Times, k: Array, routed: int, used: int) -> None:
-    """Add the visit just planned to the counts of its phase."""
+def count(s: State, c: Config, t: Times, counts: Array, k: int, routed: int, used: int) -> None:
+    """Add the visit just planned to the counts of its phase, which begin at ``k``."""
     n = s.n
     demand = 0
     hosted = 0
@@ -218,30 +233,30 @@ def count(s: State, c: Config, t: Times, k: Array, routed: int, used: int) -> No
     tokens = 0
     for i in range(routed):
         fate = s.fate[i]
-        if fate == DEMANDED or fate == STREAMED:
+        if fate in (DEMANDED, STREAMED):
             demand += 1
-        elif fate == RESIDENT:
+        elif fate == RESIDENT and i < used:
             resident += 1
         elif fate == HOSTED:
             hosted += 1
         if fate != HOSTED:
-            k[COMPUTE] += t.expert_ns[s.counts[i]]
+            counts[k + COMPUTE] += t.expert_ns[s.counts[i]]
         tokens += s.counts[i]
-    k[ACCESSES_SEEN] += used
-    k[TOKEN_ACCESSES] += tokens
-    k[HITS] += resident + n[CLAIM_HITS]
-    k[LATE] += n[CLAIMS] - n[CLAIM_HITS]
-    k[MISSES] += used - resident - n[CLAIMS]
-    k[HOST_COMPUTED] += hosted
-    k[DEMAND_LOADS] += demand
-    k[PREFETCH_LOADS] += n[PREFETCHES]
-    k[PREFETCH_USED] += n[CLAIMS]
-    k[RETRACTED] += n[RETRACTS]
-    k[H2D_BYTES] += (demand + n[CLAIMS]) * t.expert_bytes + n[WASTED]
-    k[WASTED_BYTES] += n[WASTED]
-    k[STALLED_MISS] += n[STALL_MISS]
-    k[STALLED_LATE] += n[STALL_LATE]
-    k[LINK_BUSY] += n[SERIAL_COPIES] * t.load_ns
+    counts[k + ACCESSES_SEEN] += used
+    counts[k + TOKEN_ACCESSES] += tokens
+    counts[k + HITS] += resident + n[CLAIM_HITS]
+    counts[k + LATE] += n[CLAIMS] - n[CLAIM_HITS]
+    counts[k + MISSES] += used - resident - n[CLAIMS]
+    counts[k + HOST_COMPUTED] += hosted
+    counts[k + DEMAND_LOADS] += demand
+    counts[k + PREFETCH_LOADS] += n[PREFETCHES]
+    counts[k + PREFETCH_USED] += n[CLAIMS]
+    counts[k + RETRACTED] += n[RETRACTS]
+    counts[k + H2D_BYTES] += (demand + n[CLAIMS]) * t.expert_bytes + n[WASTED]
+    counts[k + WASTED_BYTES] += n[WASTED]
+    counts[k + STALLED_MISS] += n[STALL_MISS]
+    counts[k + STALLED_LATE] += n[STALL_LATE]
+    counts[k + LINK_BUSY] += n[SERIAL_COPIES] * t.load_ns
 
 
 def write_log(s: State, c: Config, log: Array, lines: int, index: int, layer: int, routed: int) -> int:
@@ -263,11 +278,12 @@ def write_log(s: State, c: Config, log: Array, lines: int, index: int, layer: in
 
 def write_row(log: Array, lines: int, kind: int, index: int, x: int, slot: int, evicted: int) -> int:
     """One row; returns the rows written so far."""
-    log[lines, 0] = kind
-    log[lines, 1] = index
-    log[lines, 2] = x
-    log[lines, 3] = slot
-    log[lines, 4] = evicted
+    first = lines * 5
+    log[first] = kind
+    log[first + 1] = index
+    log[first + 2] = x
+    log[first + 3] = slot
+    log[first + 4] = evicted
     return lines + 1
 
 

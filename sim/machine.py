@@ -70,7 +70,8 @@ class HardwareProfile:
         wake_s: waking the copier after a plan, and the waiting engine after an arrival; charged once a plan.
         host_memory_gb_s, host_memory_efficiency: bandwidth of the host's memory and the share of it an expert computed
             there reaches; what the link takes meanwhile is lost to it. 0: the host computes no experts.
-        host_tflops, host_expert_fixed_s: arithmetic the host reaches on experts (0: no limit), and a fixed cost of each.
+        host_tflops, host_expert_fixed_s: arithmetic the host reaches on experts (0: no limit), and a fixed cost of
+            each.
         evidence: ``ESTIMATED`` (published figures) or ``MEASURED``.
         operators: measured laws by model name; they replace the roofline for that model.
         sources: where each value comes from, by dotted field name.
@@ -167,6 +168,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         return tuple(_positive(f"{where}.{key}", number) for number in numbers)
 
     fixed, token, context = seconds("dense", law["dense"], 3)
+
     def by_bits(key: str) -> dict[str, tuple[float, float]]:
         laws = {bits: seconds(f"{key}.{bits}", numbers, 2) for bits, numbers in law.get(key, {}).items()}
         return {bits: (first, second) for bits, (first, second) in laws.items()}

@@ -6,7 +6,7 @@ drivers obey. The decisions stand in `sim.decide`, their times in `sim.clock`; h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -160,14 +160,14 @@ class Fitted(NamedTuple):
     Attributes:
         table: its own number for every x; empty for none.
         sizes: cache slots of every layer; empty for equal ones.
-        first_use, following: for rules that need the future: first visit that routes each x (1 << 40 for never), and for
-            every access of the run, in order, the next visit that routes that expert; empty for none.
+        first_use, following: for rules that need the future: first visit that routes each x (1 << 40 for never), and
+            for every access of the run, in order, the next visit that routes that expert; empty for none.
     """
 
-    table: list[float] = []
-    sizes: list[int] = []
-    first_use: list[int] = []
-    following: list[int] = []
+    table: Sequence[float] = ()
+    sizes: Sequence[int] = ()
+    first_use: Sequence[int] = ()
+    following: Sequence[int] = ()
 
 
 def config_of(model: ModelSpec, options: Options, sizes: list[int], max_guesses: int, keep_time: bool) -> Config:
@@ -225,7 +225,7 @@ class Planner:
         options: Options,
         slots: int,
         timing: Timing,
-        fitted: Fitted = Fitted(),  # noqa: B008 - immutable
+        fitted: Fitted = Fitted(),  # noqa: B008 (immutable)
         keep_time: bool = False,
         cold_sequences: bool = False,
         max_guesses: int = 0,
@@ -343,7 +343,8 @@ class Planner:
         for i in range(routed):
             fate = s.fate[i]
             if fate == RESIDENT:
-                plan.resident.append(s.routed[i])
+                if i < len(visit.experts):
+                    plan.resident.append(s.routed[i])
             elif fate == DEMANDED:
                 gone = s.evicted[i]
                 evicted, where = (gone % experts, gone // experts) if gone >= 0 else (None, -1)
@@ -351,9 +352,7 @@ class Planner:
                     Load(layer, s.routed[i], s.slot[i], DEMAND, evicted, index, index, 0.0, s.number[i], where)
                 )
             elif fate == STREAMED:
-                plan.stream.append(
-                    Load(layer, s.routed[i], s.slot[i], STREAM, None, index, index, 0.0, s.number[i])
-                )
+                plan.stream.append(Load(layer, s.routed[i], s.slot[i], STREAM, None, index, index, 0.0, s.number[i]))
             elif fate == HOSTED:
                 plan.host.append(s.routed[i])
         for k in range(n[CLAIMS]):
@@ -400,8 +399,8 @@ def check_slots(model: ModelSpec, slots: int) -> None:
         )
 
 
-def group_sizes(model: ModelSpec, options: Options, slots: int, fitted: list[int] | None = None) -> list[int]:
-    """Cache slots of each group (a layer, or one pool): a policy that never prefetches gets its landing slots too.
+def group_sizes(model: ModelSpec, options: Options, slots: int, fitted: Sequence[int] = ()) -> list[int]:
+    """Cache slots of each group (a layer, or one pool); a policy that never prefetches has its landing slots there.
 
     ``fitted``: sizes per layer chosen by the cache rule, summing to slots x layers.
     """
@@ -409,7 +408,7 @@ def group_sizes(model: ModelSpec, options: Options, slots: int, fitted: list[int
     if options.whole_layer:
         return [experts]
     sizes = list(fitted) if fitted else [slots] * layers
-    extra = 0 if options.prefetches else options.landing_slots
+    extra = options.extra_slots + (0 if options.prefetches else options.landing_slots)
     if options.pooled:
         sizes = [sum(sizes)]
     most = layers * experts if options.pooled else experts

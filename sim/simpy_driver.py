@@ -1,8 +1,8 @@
 """The readable specification: a decoder and a link (and a host that computes experts), driven by the planner.
 
 One visit: dense part -> the host learns the routing -> plan -> its effects reach the link -> experts in order of
-arrival. The decoder is a process; link and host have no events of their own: what is due on them up to a moment is worked
-off, in order of time, when the decoder asks. The only file that imports simpy.
+arrival. The decoder is a process; link and host have no events of their own: what is due on them up to a moment is
+worked off, in order of time, when the decoder asks. The only file that imports simpy.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class Simulation:
             yield from self._serial(plan, planned, counts)
             return
         tokens = dict(zip(visit.experts, visit.counts, strict=True))
-        there, late, waiting = plan.resident, (), {}
+        there = plan.resident
+        late: tuple[int, ...] = ()
+        waiting: dict[int, Copy] = {}
         if plan.claimed:
             there, late, waiting = self._claims(plan, known_at, planned, counts)
         queued = self._issue(plan, planned + timing.wake_ns, waiting, counts)

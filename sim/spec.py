@@ -142,6 +142,7 @@ class Options:
         chunk_bytes: copies are cut into chunks of this size; 0 is one chunk, -N is N chunks of an expert.
         max_submitted: chunks in the copy engine's hands at once.
         guard: prefetch only while that is not slower than on_demand on the virtual link clock (`sim.guard`).
+        extra_slots: cache slots more, over the first layers: what evens out the landing slots of compared policies.
     """
 
     policy: Bound
@@ -156,13 +157,19 @@ class Options:
     chunk_bytes: int = -16
     max_submitted: int = 2
     guard: bool = False
+    extra_slots: int = 0
     text: str = ""
 
     def __post_init__(self) -> None:
         bind("miss", parse(self.miss))
         if self.stale not in ("retract", "keep"):
             raise SpecError(f"stale is {self.stale!r}; it must be retract or keep")
-        for name, least in (("landing_slots", 0), ("stream_slots", 1), ("chunk_bytes", -MOST_CHUNKS), ("max_submitted", 1)):
+        for name, least in (
+            ("landing_slots", 0),
+            ("stream_slots", 1),
+            ("chunk_bytes", -MOST_CHUNKS),
+            ("max_submitted", 1),
+        ):
             if getattr(self, name) < least:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.prefetches and not self.lookahead >= 1:
@@ -229,7 +236,7 @@ class Options:
         return dataclasses.replace(self, **changes)
 
 
-RUN_KEYS = {f.name: f for f in dataclasses.fields(Options) if f.name not in ("policy", "text")}
+RUN_KEYS = {f.name: f for f in dataclasses.fields(Options) if f.name not in ("policy", "text", "extra_slots")}
 
 
 def options(text: str, cache: str = "lru", predictor: str = "recorded", **defaults: Any) -> Options:
@@ -260,7 +267,10 @@ def options(text: str, cache: str = "lru", predictor: str = "recorded", **defaul
 
 
 def comparable(texts: list[str], cache: str = "lru", predictor: str = "recorded", **defaults: Any) -> list[Options]:
-    """Options of policies that are compared: those that never prefetch get as many landing slots as the others.
+    """Options of policies that are compared: all have the same slots in all, cache and landing slots together.
+
+    A policy that never prefetches gets as many landing slots as the others, as cache slots; one with fewer landing
+    slots than another gets the difference as cache slots.
 
     Raises:
         SpecError: as `options`.
@@ -268,6 +278,8 @@ def comparable(texts: list[str], cache: str = "lru", predictor: str = "recorded"
     runs = [options(text, cache, predictor, **defaults) for text in texts]
     landing = max((run.landing_slots for run in runs if run.prefetches), default=0)
     return [
-        run if run.prefetches else options(run.text, cache, predictor, **{"landing_slots": landing, **defaults})
+        run.replace(extra_slots=landing - run.landing_slots)
+        if run.prefetches
+        else options(run.text, cache, predictor, **{"landing_slots": landing, **defaults})
         for run in runs
     ]

@@ -1,12 +1,12 @@
 """The planner's memory as flat tables: Python lists in plain Python, numpy arrays where the drivers are compiled.
 
-Letters: L layers, E experts of a layer, x = layer * E + expert, G groups of slots (one a layer, or one for all), P places
-in which early loads can be, D lookahead distances, M guesses of one distance.
+Letters: L layers, E experts of a layer, x = layer * E + expert, G groups of slots (one a layer, or one for all), P
+places in which early loads can be, D lookahead distances, M guesses of one distance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sim.plugin import Experts
@@ -113,7 +113,8 @@ class State(NamedTuple):
         e: tables that eviction rules see.
         slot_of: cache slot of each x; -1 when not resident.
         members, member_of: residents of every group, and the place of x among them.
-        start, count, size: of every group: its first place in ``members`` and ``free``, residents, slots.
+        start, residents, size: of every group: its first place in ``members`` and ``free``, how many are resident,
+            slots.
         free, free_count: free slots of every group, a stack.
         landing, released: free landing slots (a stack), and those used for the last time by this visit.
         early, early_slot, early_number, early_target, early_copy, early_worth: an early load of x, and its state.
@@ -146,7 +147,7 @@ class State(NamedTuple):
     members: list[int]
     member_of: list[int]
     start: list[int]
-    count: list[int]
+    residents: list[int]
     size: list[int]
     free: list[int]
     free_count: list[int]
@@ -216,8 +217,8 @@ def new_state(
     c: Config,
     sizes: list[int],
     lend_limit: list[int],
-    fitted: list[float] | None = None,
-    first_use: list[int] | None = None,
+    fitted: Sequence[float] = (),
+    first_use: Sequence[int] = (),
     table: Table = lists,
 ) -> State:
     """Nothing resident, nothing ever used.
@@ -247,9 +248,9 @@ def new_state(
         next_use=table(total if first_use else 1, 0),
         table=table(total if fitted else 1, 0.0),
     )
-    for x, value in enumerate(fitted or []):
+    for x, value in enumerate(fitted):
         experts.table[x] = value
-    for x, visit in enumerate(first_use or []):
+    for x, visit in enumerate(first_use):
         experts.next_use[x] = visit
     guesses = max(1, c.lookahead * c.max_guesses)
     early = c.landing_slots if c.landing_slots else cache_slots
@@ -261,7 +262,7 @@ def new_state(
         members=table(sum(room), 0),
         member_of=table(total, -1),
         start=table(groups, 0),
-        count=table(groups, 0),
+        residents=table(groups, 0),
         size=table(groups, 0),
         free=table(sum(room), 0),
         free_count=table(groups, 0),
@@ -381,7 +382,6 @@ class Times(NamedTuple):
     HEAD_END,  # end of the chunk on the wire; NEVER when idle
     HEAD_NS,
     BUSY,  # nanoseconds of finished chunks
-    FIFO_HEAD,
     FIFO_LEN,
     DEMAND_HEAD,
     DEMAND_LEN,
@@ -394,7 +394,7 @@ class Times(NamedTuple):
     HOST_END,  # the host is done with the one it computes
     SUBMITTED_CHUNKS,
     WIRE_SCALARS,
-) = range(17)
+) = range(16)
 
 
 class Wire(NamedTuple):
@@ -402,8 +402,9 @@ class Wire(NamedTuple):
 
     Attributes:
         i: scalars, by the names above.
-        fifo: copies of submitted chunks, a ring of max_submitted.
-        demand: copies with unsubmitted chunks that are demanded, a ring.
+        fifo: copies of submitted chunks, the one on the wire first.
+        demand: copies with unsubmitted chunks that are demanded, from ``i[DEMAND_HEAD]`` on
+            (no visit leaves any behind).
         early: copies with unsubmitted chunks that are not, the most urgent last.
         free: copies not in use, a stack.
         unsubmitted, unfinished, submitted, done, started, cancelled, demanded, ready: of every copy; ``done`` and

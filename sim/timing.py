@@ -11,7 +11,6 @@ from sim.spec import Options, SpecError
 from sim.state import Times
 from traces import ModelSpec
 
-
 HOST_PEAK = 0.85  # share of its memory's bandwidth a host reaches with link and processor together (estimated)
 
 
@@ -75,8 +74,8 @@ class Timing:
         if not self.has_host:
             if hasattr(options.miss_rule.module, "loads"):
                 raise SpecError(
-                    f"miss={options.miss} computes experts on the host, but profile {machine.name!r} says nothing about "
-                    "it; give it host_memory_gb_s (--set machine.host_memory_gb_s=80) or leave miss out"
+                    f"miss={options.miss} computes experts on the host, but profile {machine.name!r} says nothing "
+                    "about it; give it host_memory_gb_s (--set machine.host_memory_gb_s=80) or leave miss out"
                 )
             self._host_s: Callable[[int, float], float] = lambda n, share: 0.0
         elif laws is not None and str(bits) in laws.host_expert:
@@ -84,8 +83,12 @@ class Timing:
             self._host_s = lambda n, share: (fixed + token * n) / share
         else:
             flops = machine.host_tflops * 1e12
-            self._host_s = lambda n, share: machine.host_expert_fixed_s + max(
-                self.expert_bytes / (reached * 1e9 * share), 2 * self.model.expert_weights * n / flops if flops else 0.0
+            self._host_s = lambda n, share: (
+                machine.host_expert_fixed_s
+                + max(
+                    self.expert_bytes / (reached * 1e9 * share),
+                    2 * self.model.expert_weights * n / flops if flops else 0.0,
+                )
             )
         self._left = left
 

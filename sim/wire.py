@@ -12,7 +12,6 @@ from sim.state import (
     DEMAND_HEAD,
     DEMAND_LEN,
     EARLY_LEN,
-    FIFO_HEAD,
     FIFO_LEN,
     FREE_COPIES,
     HEAD_END,
@@ -59,7 +58,9 @@ def demand(w: Wire, copy: int) -> None:
     """Queue a load behind all demand loads."""
     i = w.i
     w.demanded[copy] = 1
-    w.demand[(i[DEMAND_HEAD] + i[DEMAND_LEN]) % len(w.demand)] = copy
+    if i[DEMAND_LEN] == 0:
+        i[DEMAND_HEAD] = 0
+    w.demand[i[DEMAND_HEAD] + i[DEMAND_LEN]] = copy
     i[DEMAND_LEN] += 1
 
 
@@ -171,7 +172,7 @@ def until_arrival(w: Wire, t: Times) -> None:
         if i[HEAD_END] == at:
             jump(w, t, NEVER)
             at = i[HEAD_END]
-            head = w.fifo[i[FIFO_HEAD]]
+            head = w.fifo[0]
             if w.unfinished[head] == 1 and w.cancelled[head] == 0:
                 finish_head(w, t)
                 i[LINK_NOW] = at
@@ -232,7 +233,7 @@ def backlog_ns(w: Wire, t: Times, target: int) -> int:
     if i[FIFO_LEN] > 1:
         ns += (i[FIFO_LEN] - 1) * t.full_ns
     for k in range(i[DEMAND_LEN]):
-        copy = w.demand[(i[DEMAND_HEAD] + k) % len(w.demand)]
+        copy = w.demand[i[DEMAND_HEAD] + k]
         ns += (w.unsubmitted[copy] - 1) * t.full_ns + t.last_ns
     for k in range(i[EARLY_LEN]):
         copy = w.early[k]
@@ -247,7 +248,7 @@ def backlog_ns(w: Wire, t: Times, target: int) -> int:
 def start(w: Wire, t: Times, at: int) -> None:
     """Put the first of the FIFO on the wire; its slowdown is fixed here."""
     i = w.i
-    copy = w.fifo[i[FIFO_HEAD]]
+    copy = w.fifo[0]
     last = w.unfinished[copy] == 1 and w.submitted[copy] == t.chunks
     ns = t.last_ns if last else t.full_ns
     if at < i[D2H_FREE]:
@@ -263,10 +264,11 @@ def start(w: Wire, t: Times, at: int) -> None:
 def finish_head(w: Wire, t: Times) -> None:
     """The chunk on the wire ends; the next submitted one starts."""
     i = w.i
-    copy = w.fifo[i[FIFO_HEAD]]
+    copy = w.fifo[0]
     end = i[HEAD_END]
-    i[FIFO_HEAD] = (i[FIFO_HEAD] + 1) % t.max_submitted
     i[FIFO_LEN] -= 1
+    for k in range(i[FIFO_LEN]):
+        w.fifo[k] = w.fifo[k + 1]
     i[BUSY] += i[HEAD_NS]
     w.unfinished[copy] -= 1
     if w.unfinished[copy] == 0:
@@ -298,20 +300,21 @@ def submit(w: Wire, t: Times, at: int) -> None:
         i[SUBMITTED_CHUNKS] += 1
         if w.unsubmitted[copy] == 0:
             if demanded:
-                i[DEMAND_HEAD] = (i[DEMAND_HEAD] + 1) % len(w.demand)
+                i[DEMAND_HEAD] += 1
                 i[DEMAND_LEN] -= 1
             else:
                 i[EARLY_LEN] -= 1
-        w.fifo[(i[FIFO_HEAD] + i[FIFO_LEN]) % t.max_submitted] = copy
+        w.fifo[i[FIFO_LEN]] = copy
         i[FIFO_LEN] += 1
         if i[FIFO_LEN] == 1:
             start(w, t, at)
 
 
 def jump(w: Wire, t: Times, limit: int) -> None:
-    """Skip whole chunks of the load on the wire while nothing but its own equal chunks comes and goes before ``limit``."""
+    """Skip whole chunks of the load on the wire while nothing but its own equal chunks comes and goes before
+    ``limit``."""
     i = w.i
-    head = w.fifo[i[FIFO_HEAD]]
+    head = w.fifo[0]
     if i[DEMAND_LEN] > 0:
         following = w.demand[i[DEMAND_HEAD]]
     elif i[EARLY_LEN] > 0:
@@ -323,7 +326,7 @@ def jump(w: Wire, t: Times, limit: int) -> None:
     if i[HEAD_END] < i[D2H_FREE] or i[HEAD_END] < i[HOST_END] or i[HOST_NEXT] < NEVER:
         return
     for k in range(1, t.max_submitted):
-        if w.fifo[(i[FIFO_HEAD] + k) % t.max_submitted] != head:
+        if w.fifo[k] != head:
             return
     skip = (limit - i[HEAD_END] - 1) // t.full_ns
     most = w.unsubmitted[head] if t.max_submitted > 1 else w.unsubmitted[head] - 1
@@ -340,7 +343,7 @@ def jump(w: Wire, t: Times, limit: int) -> None:
     i[HEAD_END] += skip * t.full_ns
     if w.unsubmitted[head] == 0:
         if i[DEMAND_LEN] > 0:
-            i[DEMAND_HEAD] = (i[DEMAND_HEAD] + 1) % len(w.demand)
+            i[DEMAND_HEAD] += 1
             i[DEMAND_LEN] -= 1
         else:
             i[EARLY_LEN] -= 1

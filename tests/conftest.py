@@ -107,7 +107,8 @@ def random_setting(seed: int) -> Setting:
         "write_back": draw.choice([0, 0, 1]),
         "copy_stream": draw.choice([1, 1, 1, 0]),
     }
-    base = draw.choice(["on_demand", f"speculative:lookahead={draw.randint(1, 4)},min_score=0.05,evidence={draw.choice([0.0, 2.0])}"])
+    looking = f"speculative:lookahead={draw.randint(1, 4)},min_score=0.05,evidence={draw.choice([0.0, 2.0])}"
+    base = draw.choice(["on_demand", looking])
     text = base + ("," if ":" in base else ":") + ",".join(f"{k}={v}" for k, v in keys.items())
     machine = round_machine(wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]), host_memory_gb_s=draw.choice([3.0, 6.0]))
     slots = draw.randint(trace.model.top_k, trace.model.num_experts)

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the engine needs the runtime extra"
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
 from runtime import corpus, models, train  # noqa: E402 (after the check above)
-from runtime.engine import Engine  # noqa: E402
+from runtime.engine import Engine, check_options  # noqa: E402
 from runtime.prompts import BUILT_IN  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.record import UNPACED, record  # noqa: E402
@@ -29,7 +29,17 @@ PROMPT = [5, 17, 3, 99, 42, 7, 250, 11]
 MACHINE = HardwareProfile(
     "test", 1, 1, LinkProfile(0.05, 0.0, 0.05, 0.0, 0.05), memory_gb_s=8, tflops=0.05, layer_fixed_s=4e-4, host_s=1e-4
 )
-POLICIES = [*registry.plugins("policy"), *PRESETS]
+
+
+def runs_here(policy: str) -> bool:
+    try:
+        check_options(options(policy))
+    except SpecError:
+        return False
+    return True
+
+
+POLICIES = [name for name in (*registry.plugins("policy"), *PRESETS) if runs_here(name)]
 VARIANTS = [
     *POLICIES,
     "speculative:landing_slots=0",
@@ -37,6 +47,9 @@ VARIANTS = [
     "speculative:landing_slots=0,stale=keep,lookahead=2",
     "speculative:chunk_bytes=0,max_submitted=1,lookahead=1",
     "speculative:copy_stream=0",
+    "speculative:guard=0,trust=0",
+    "confidence:cache=global_lru",
+    "on_demand:cache=sequence_heat",
 ]
 
 

@@ -38,7 +38,7 @@ def test_parse(text: str, spec: Spec) -> None:
         ("a:b=1,b=2", "gives 'b' twice"),
         ("a:b=(c", "parentheses do not match"),
         ("a:b=c)", "parentheses do not match"),
-        ("nonsense", "known are on_demand, speculative"),
+        ("nonsense", "policy 'nonsense' is unknown; known are"),
         ("speculative:depth=3", "no parameter 'depth'; its parameters: lookahead, min_score"),
         ("on_demand:lookahead=3", "no parameter 'lookahead'; its parameters: none"),
         ("speculative:lookahead=three", "lookahead is 'three'; it must be an integer"),
@@ -47,10 +47,11 @@ def test_parse(text: str, spec: Spec) -> None:
         ("on_demand:cache=clairvoyant", "cache 'clairvoyant' is unknown; known are"),
         ("on_demand:cache=(lru:age=2)", "cache 'lru' has no parameter 'age'"),
         ("on_demand:stale=forget", "it must be retract or keep"),
-        ("on_demand:miss=pray", "it must be load"),
+        ("on_demand:miss=pray", "miss 'pray' is unknown; known are cpu, load, split"),
         ("on_demand:landing_slots=-1", "must be at least 0"),
         ("on_demand:stream_slots=0", "must be at least 1"),
-        ("on_demand:chunk_bytes=-2", "must be at least -1"),
+        ("on_demand:chunk_bytes=-5000", "must be at least -4096"),
+        ("naive:copy_stream=1", "copies whole layers"),
         ("on_demand:max_submitted=0", "must be at least 1"),
         ("on_demand:write_back=maybe", "must be 0 or 1"),
     ],
@@ -75,6 +76,7 @@ def test_every_key_of_the_contract_is_accepted_by_every_policy() -> None:
         "copy_stream": False,
         "chunk_bytes": 4096,
         "max_submitted": 3,
+        "guard": True,
     }
     assert sorted(values) == sorted(RUN_KEYS)
     for policy in registry.plugins("policy"):
@@ -108,7 +110,8 @@ def test_a_preset_is_a_string_and_a_key_after_it_overrides() -> None:
 def test_a_chunk_is_a_sixteenth_of_an_expert_unless_said() -> None:
     assert options("on_demand").chunk_size(16 * 4096 * 10) == 4096 * 10
     assert options("on_demand").chunk_size(16 * 4096 * 10 + 1) == 4096 * 11
-    assert options("on_demand").chunk_size(100) == 100
+    assert options("on_demand").chunk_size(100) == 64  # small experts: multiples of 64
+    assert options("on_demand:chunk_bytes=-3").chunk_size(3 * 4096 * 10) == 4096 * 10
     assert options("on_demand:chunk_bytes=0").chunk_size(1000) == 1000
     assert options("on_demand:chunk_bytes=300").chunk_size(1000) == 300
     assert options("on_demand:chunk_bytes=3000").chunk_size(1000) == 1000
@@ -120,7 +123,7 @@ def test_plugins_that_know_the_future_are_named() -> None:
     assert options("on_demand:predictor=oracle").needs_future() == []
 
 
-@pytest.mark.parametrize("kind", ["cache", "predictor", "policy"])
+@pytest.mark.parametrize("kind", ["cache", "predictor", "policy", "miss"])
 def test_every_plugin_binds_with_its_defaults_and_is_described(kind: str) -> None:
     lines = registry.describe(kind).splitlines()
     assert len(lines) == len(registry.plugins(kind))

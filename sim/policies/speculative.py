@@ -1,12 +1,12 @@
 """Prefetch the guessed experts of the next layers while that is expected to save more time than it costs.
 
-At every visit the lookahead gates' guesses for the next ``lookahead`` layers are valued. A guess of probability p is worth
-p times the part of its copy that can be done before its routing is known, less (1 - p) times the chunks a demand load
-may have to wait for; p is the guess's score times how often guesses of that distance and rank, scored against the
-routing so far, came true for each point of score. Guesses the link cannot get to in time are worth nothing. The worthiest
-are issued, each valued again once others go before it, as many as there are landing slots; they give way to every demand
-load between two chunks, and are dropped when their layer is routed without them, so a wrong guess costs at most
-``max_submitted`` chunks. A guard (`sim.guard`) keeps on_demand's time beside the run's own and lets it prefetch
+At every visit the lookahead gates' guesses for the next ``lookahead`` layers are valued. A guess of probability p is
+worth p times the part of its copy that can be done before its routing is known, less (1 - p) times the chunks a demand
+load may have to wait for; p is the guess's score times how often guesses of that distance and rank, scored against the
+routing so far, came true for each point of score. Guesses the link cannot get to in time are worth nothing. The
+worthiest are issued, each valued again once others go before it, as many as there are landing slots; they give way to
+every demand load between two chunks, and are dropped when their layer is routed without them, so a wrong guess costs
+at most ``max_submitted`` chunks. A guard (`sim.guard`) keeps on_demand's time beside the run's own and lets it prefetch
 only while that is not slower.
 """
 

@@ -33,6 +33,7 @@ from sim.state import (
     RESIDENT,
     RETRACTS,
     SERIAL_COPIES,
+    SERIAL_HOST,
     STALL_LATE,
     STALL_MISS,
     STREAMED,
@@ -213,6 +214,7 @@ def serial(s: State, c: Config, t: Times, routed: int) -> int:
     copies_ns = loads * t.load_ns + (t.write_back_ns * victims if c.write_back else 0)
     n[CLAIM_HITS] = n[CLAIMS]
     n[SERIAL_COPIES] = loads
+    n[SERIAL_HOST] = host_ns
     n[STALL_MISS] = copies_ns + host_ns
     n[WASTED] = n[RETRACTS] * t.expert_bytes
     return n[PLANNED] + copies_ns + host_ns + compute_ns

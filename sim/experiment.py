@@ -253,6 +253,10 @@ class Experiment:
             raise AssertionError(f"TPOT {tpot} is below the joint floor {floor}: the simulator is wrong")
         return result
 
+    def tpot_s(self, setting: Setting) -> float | None:
+        """TPOT alone; None when no pass is timed."""
+        return quick_tpot_s(setting) if self.driver == "simpy" else _compiled_tpot_s(setting)
+
     def _bounds(self, setting: Setting) -> dict[str, float | None]:
         timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
         trace, run = setting.trace, setting.options
@@ -280,6 +284,8 @@ class Experiment:
 
     def _reference(self, setting: Setting, name: str) -> float | None:
         """TPOT of a run that knows the future, or never looks ahead, with the same slots."""
+        if name == "zero_overhead_s":
+            return self.tpot_s(replace(setting, machine=without_overhead(setting.machine)))
         run = setting.options
         distance = 0 if name == "demand_only_s" else run.lookahead
         cache = "belady" if name.endswith("belady_s") else "lru"
@@ -291,7 +297,7 @@ class Experiment:
         other = replace(setting, options=perfect)
         key = _key(other)
         if key not in self._tpot:
-            self._tpot[key] = quick_tpot_s(other) if self.driver == "simpy" else _compiled_tpot_s(other)
+            self._tpot[key] = self.tpot_s(other)
         return self._tpot[key]
 
 
@@ -307,6 +313,7 @@ BOUNDS = (
     "demand_only_s",
     "perfect_lookahead_s",
     "perfect_lookahead_belady_s",
+    "zero_overhead_s",
 )
 
 
@@ -324,6 +331,14 @@ def _key(setting: Setting) -> tuple[Any, ...]:
         run.copy_stream,
     )
     return (*plugins, *rest, run.chunk_bytes, run.max_submitted, setting.slots, setting.bits, setting.cold_sequences)
+
+
+def without_overhead(machine: HardwareProfile) -> HardwareProfile:
+    """The machine with a host that plans, wakes and synchronises in no time, and lookahead gates that cost nothing."""
+    laws = {
+        model: replace(law, gates=(), host_s=dict.fromkeys(law.host_s, 0.0)) for model, law in machine.operators.items()
+    }
+    return replace(machine, host_s=0.0, sync_s=0.0, wake_s=0.0, operators=laws)
 
 
 def context_tokens(setting: Setting) -> int:
@@ -424,6 +439,12 @@ def phase_keys(counts: Counts) -> dict[str, Any]:
 
 
 def regime(counts: Counts) -> str:
-    """Which resource is busy longest: ``compute``, ``link`` or ``latency`` (host, synchronisation)."""
-    busy = {"compute": counts.compute_ns, "link": counts.link_busy_ns, "latency": counts.latency_ns}
+    """Which resource is busy longest: ``compute``, ``link``, ``latency`` (planning, synchronisation), or ``host`` where
+    it computes experts."""
+    busy = {
+        "compute": counts.compute_ns,
+        "link": counts.link_busy_ns,
+        "latency": counts.latency_ns,
+        "host": counts.host_busy_ns,
+    }
     return max(busy, key=lambda name: busy[name])

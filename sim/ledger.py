@@ -33,6 +33,7 @@ class Counts:
     compute_ns: int = 0
     latency_ns: int = 0
     link_busy_ns: int = 0
+    host_busy_ns: int = 0
 
     def planned(self, plan: Plan) -> None:
         """Count what a plan decided; hits and late of its claims are the driver's to tell (by clock)."""

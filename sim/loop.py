@@ -14,6 +14,7 @@ from sim.state import (
     CLAIM_HITS,
     CLAIMS,
     DEMANDED,
+    HOST_BUSY,
     HOSTED,
     LOOKING,
     NOW,
@@ -21,6 +22,7 @@ from sim.state import (
     RESIDENT,
     RETRACTS,
     SERIAL_COPIES,
+    SERIAL_HOST,
     STALL_LATE,
     STALL_MISS,
     STREAMED,
@@ -55,8 +57,9 @@ Array = Any
     COMPUTE,
     LATENCY,
     LINK_BUSY,
+    HOST_COMPUTING,
     TOTAL_COUNTS,
-) = range(21)
+) = range(22)
 
 LOG_DEMAND, LOG_PREFETCH, LOG_RETRACT, LOG_STREAM = 0, 1, 2, 3
 
@@ -113,6 +116,7 @@ def run(
         k = TOTAL_COUNTS if decode else 0
         start = s.n[NOW]
         busy = 0
+        on_host = w.i[HOST_BUSY]
         if c.copy_stream:
             wire.advance(w, t, start)
             busy = wire.busy_so_far_ns(w)
@@ -149,6 +153,7 @@ def run(
             guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, layers * (t.host_ns - ot.host_ns))
         elapsed = s.n[NOW] - start
         lengths[p] = elapsed
+        counts[k + HOST_COMPUTING] += w.i[HOST_BUSY] - on_host
         counts[k + PASSES_DONE] += 1
         counts[k + TOKENS] += tokens
         counts[k + ELAPSED] += elapsed
@@ -257,6 +262,7 @@ def count(s: State, c: Config, t: Times, counts: Array, k: int, routed: int, use
     counts[k + STALLED_MISS] += n[STALL_MISS]
     counts[k + STALLED_LATE] += n[STALL_LATE]
     counts[k + LINK_BUSY] += n[SERIAL_COPIES] * t.load_ns
+    counts[k + HOST_COMPUTING] += n[SERIAL_HOST]
 
 
 def write_log(s: State, c: Config, log: Array, lines: int, index: int, layer: int, routed: int) -> int:

@@ -85,3 +85,9 @@ PRESETS = {
         "Missing: anything else it does",
     ),
 }
+
+
+def table() -> str:
+    """The presets as a Markdown table."""
+    rows = [f"| `{name}` | `{preset.spec}` | {preset.source} |" for name, preset in PRESETS.items()]
+    return "\n".join(["| preset | stands for | source, and what is missing |", "| --- | --- | --- |", *rows])

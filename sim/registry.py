@@ -36,3 +36,13 @@ def describe(kind: str) -> str:
         params = ", ".join(f"{k}={v}" for k, v in module.Params._field_defaults.items())
         lines.append(f"  {name}: {(module.__doc__ or '').splitlines()[0]}" + (f" [{params}]" if params else ""))
     return "\n".join(lines)
+
+
+def table(kind: str) -> str:
+    """The same as a Markdown table, with each plug-in's source."""
+    lines = [f"| {kind} | what it does | parameters | source |", "| --- | --- | --- | --- |"]
+    for name, module in plugins(kind).items():
+        what = (module.__doc__ or "").splitlines()[0]
+        params = ", ".join(f"{k}={v}" for k, v in module.Params._field_defaults.items())
+        lines.append(f"| `{name}` | {what} | {params} | {module.SOURCE} |")
+    return "\n".join(lines)

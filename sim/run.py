@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import traces
 from sim import machine as machines
-from sim import registry
+from sim import registry, sensitivity
 from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_tokens, fit, memory
 from sim.presets import PRESETS
 from sim.spec import Options, SpecError, comparable, parse
@@ -32,12 +32,15 @@ from traces.format import shipped
 
 BASELINES = ("on_demand", "mixtral_offloading")
 DEFAULT_MODEL = "mixtral-8x7b"
+DEFAULT_POLICY = "speculative"
+EVERY = "all"
+MOST_SOURCES = 4  # presets whose sources are printed below the table
 CHOICE_KEYS = ("policy", "bits", "slots", "chunk_bytes", "context")
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of ``sim.run``; plug-ins and presets are listed from the registry."""
-    presets = "\n".join(f"  {name} = {preset.spec}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"  {name} = {preset.spec}\n    {preset.source}" for name, preset in PRESETS.items())
     epilog = (
         f"policies:\n{registry.describe('policy')}\npresets:\n{presets}\ncaches:\n{registry.describe('cache')}\n"
         f"predictors (or the name of guesses recorded in the trace):\n{registry.describe('predictor')}\n"
@@ -56,7 +59,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="width of the routed experts (default 4)")
     p.add_argument("--slots", type=int, metavar="N", help="cache slots per layer (default: half of the experts)")
     p.add_argument(
-        "--policy", action="append", metavar="SPEC", help="name or name:key=value,...; repeatable (default speculative)"
+        "--policy",
+        action="append",
+        metavar="SPEC",
+        help=f"name or name:key=value,...; {EVERY} for every one; repeatable (default speculative)",
     )
     p.add_argument("--no-baselines", action="store_true", help=f"leave out {' and '.join(BASELINES)}")
     p.add_argument(
@@ -77,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="override a field: machine.link.h2d_gb_s=12.4, model.X",
+    )
+    p.add_argument(
+        "--sensitivity", action="store_true", help="vary recall, link speed and chunk size of the first policy"
     )
     p.add_argument("--choice", metavar="FILE", help=f"JSON file with {', '.join(CHOICE_KEYS)}; flags win")
     return p
@@ -138,7 +147,7 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     except ValueError as error:
         raise SpecError(str(error)) from None
     extra = {"chunk_bytes": args.chunk_bytes} if getattr(args, "chunk_bytes", None) is not None else {}
-    policies = args.policy or ["speculative"]
+    policies = expand(args.policy)
     if len(policies) > 1 and (args.timeline or args.load_log):
         raise SpecError("--timeline and --load-log describe one run; give exactly one --policy with them")
     alone = len(policies) == 1 and not args.no_baselines
@@ -147,6 +156,12 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     context = getattr(args, "context", None)
     setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, context)
     return setting, runs
+
+
+def expand(policies: list[str] | None) -> list[str]:
+    """``all`` stands for every policy and preset; nothing for the default."""
+    names = [*registry.plugins("policy"), *PRESETS]
+    return [name for text in policies or [DEFAULT_POLICY] for name in (names if text == EVERY else [text])]
 
 
 def check_target(flag: str, path: str | None) -> None:
@@ -204,8 +219,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 timeline.close()
         results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args)}
         results[-1]["scaled"] = scaled(one, results[-1])
-    print_table(setting, results)
-    if len(args.policy or [0]) == 1:
+    single = len(expand(args.policy)) == 1
+    print_table(setting, results, single)
+    if args.sensitivity:
+        changed = list(sensitivity.rows(Setting(**{**vars(setting), "options": runs[0]}), experiment))
+        results[0]["sensitivity"] = [row._asdict() for row in changed]
+        print(sensitivity.table(changed) + "\n")
+    if single:
         document = results[0]
         if not args.no_baselines:
             document = document | {"baselines": results[1:]}
@@ -291,8 +311,9 @@ def print_memory(setting: Setting) -> None:
         print("does not fit the host: take fewer --bits")
 
 
-def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
-    """One line per run, best first, then bounds and references."""
+def print_table(setting: Setting, results: list[dict[str, Any]], compared: bool) -> None:
+    """One line per run, best first, then bounds and references of the best; or, if ``compared``, of the first, and
+    how it stands against the others."""
     print()
     name = max(24, *(len(r["policy"]) for r in results))
     unit, unit_bytes = ("GB", 1e9) if results[0]["vram_bytes"] >= 1e9 else ("MB", 1e6)
@@ -310,29 +331,31 @@ def print_table(setting: Setting, results: list[dict[str, Any]]) -> None:
             f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / unit_bytes:9.3f} {r['link_busy'] * 100:8.0f}% "
             f"{r['vram_bytes'] / unit_bytes:8.2f}  {r['regime']}"
         )
-    for r in results:
-        preset = PRESETS.get(r["policy"].partition(":")[0])
-        if preset:
-            print(f"{r['policy'].partition(':')[0]}: {preset.source}")
+    named = [name for r in results if (name := r["policy"].partition(":")[0]) in PRESETS]
+    for name in named if len(named) <= MOST_SOURCES else []:
+        print(f"{name}: {PRESETS[name].source}")
+    if len(named) > MOST_SOURCES:
+        print("what each preset stands for, and what it lacks of the system it is named after: --help")
     print(f"all figures per decode token, {results[0]['evidence']} (simulated on the profile above)\n")
-    first = results[0]
+    first = results[0] if compared else min(results, key=lambda r: r["tpot_s"] or 0)
     bounds = first["bounds"]
     labels = {
         "all_resident_s": "all resident (compute only)",
         "link_floor_s": "link floor (fewest loads any schedule needs)",
         "joint_floor_s": "joint floor: no schedule is faster",
         "demand_only_s": "reference: on demand, LRU, same slots",
-        "perfect_lookahead_s": f"reference: perfect guesses at the same distance ({setting.options.lookahead}), LRU",
+        "perfect_lookahead_s": "reference: perfect guesses at the same distance, LRU",
         "perfect_lookahead_belady_s": "reference: the same with Belady eviction",
+        "zero_overhead_s": f"reference: {first['policy']} with no time for planning, waking and synchronising",
     }
     print(f"TPOT in ms beside {first['policy']} at {(first['tpot_s'] or 0) * 1e3:.2f}:")
     for key in BOUNDS:
         print(f"  {bounds[key] * 1e3:8.2f}  {labels[key]}")
-    for other in results[1:]:
+    for other in results[1:] if compared else []:
         if other["tpot_s"] and first["tpot_s"]:
             gain = (other["tpot_s"] / first["tpot_s"] - 1) * 100
             print(f"{first['policy']} against {other['policy']}: {gain:+.1f} % tokens/s")
-    if first["scaled"]:
+    if first["scaled"] and compared:
         line = ", ".join(f"{r['policy']} {r['scaled']['tokens_per_s']:.2f}" for r in results)
         print(f"scaled to all {first['scaled']['layers']} layers (ESTIMATED), tokens/s: {line}")
     print_memory(setting)

@@ -61,14 +61,13 @@ class Simulation:
             self._link.watch(timeline.on_link, timeline.queues)
         self._copies: dict[int, Copy] = {}
         self._due: deque[tuple[int, Callable[[int], None]]] = deque()
-        self._host: deque[tuple[int, int, int]] = deque()
+        self._host: deque[tuple[int, int, int, Counts]] = deque()
         self._host_next = NEVER
+        self._effects_at = 0
 
     def run(self) -> Ledger:
-        """Simulate to the end of the trace."""
+        """Simulate to the end of the trace; what the last plan started is on the link by then."""
         self.env.run(self.env.process(self._decoder()))
-        while self._due:
-            self._advance(self._due[-1][0])
         unused = [c for c in self._copies.values() if not c.demand and not c.cancelled]
         moved = sum(self._link.bytes_submitted(c) for c in unused)
         self.ledger.phases[DECODE].wasted_bytes += moved
@@ -124,6 +123,7 @@ class Simulation:
         env, timing, visit = self.env, self._timing, plan.visit
         start = self.now
         planned = known_at + timing.host_ns
+        self._effects_at = planned + timing.wake_ns
         counts.compute_ns += known_at - start - timing.sync_ns + timing.shared_ns
         counts.latency_ns += timing.sync_ns + timing.host_ns
         counts.h2d_bytes += (len(plan.demand) + len(plan.stream) + len(plan.claimed)) * timing.expert_bytes
@@ -140,7 +140,7 @@ class Simulation:
         waiting: dict[int, Copy] = {}
         if plan.claimed:
             there, late, waiting = self._claims(plan, known_at, planned, counts)
-        queued = self._issue(plan, planned + timing.wake_ns, waiting, counts)
+        queued = self._issue(plan, self._effects_at, waiting, counts)
         at_once = timing.shared_ns + sum([timing.expert_ns(tokens[e]) for e in there])
         counts.compute_ns += at_once - timing.shared_ns
         if self._timeline:
@@ -260,6 +260,7 @@ class Simulation:
         device_ns = sum(timing.expert_ns(n) for e, n in tokens.items() if e not in plan.host)
         counts.compute_ns += device_ns
         counts.stall_miss_ns += host_ns
+        counts.host_busy_ns += host_ns
         end = planned + copies + timing.shared_ns + device_ns + host_ns
         yield self.env.timeout(end - self.now)
         if self._timeline:
@@ -319,15 +320,16 @@ class Simulation:
             self._link.prefetch(copy, load.slot)
         if plan.host:
             tokens = dict(zip(plan.visit.experts, plan.visit.counts, strict=True))
-            self._host.extend((plan.visit.layer, expert, tokens[expert]) for expert in plan.host)
+            self._host.extend((plan.visit.layer, expert, tokens[expert], counts) for expert in plan.host)
             self._begin_on_host(at)
         if self._timeline:
             self._timeline.queues(at, *self._link.queue_lengths())
 
     def _begin_on_host(self, at: int) -> None:
         """The host's next expert; its slowdown is fixed here: whether the link has anything to do."""
-        layer, expert, tokens = self._host.popleft()
+        layer, expert, tokens, counts = self._host.popleft()
         end = self._link.host_end = at + self._timing.host_expert_ns(tokens, shared=self._link.is_busy())
+        counts.host_busy_ns += end - at
         self._host_next = end if self._host else NEVER
         if self._timeline:
             self._timeline.slice(HOST, f"expert {layer}.{expert}", at, end)
@@ -345,5 +347,5 @@ class Simulation:
     def _busy_ns(self) -> int:
         if not self._options.copy_stream:
             return 0
-        self._advance(self.now)
+        self._advance(max(self.now, self._effects_at))
         return self._link.busy_so_far_ns()

@@ -55,9 +55,10 @@ PENDING, KEPT = 1, 2
     STALL_MISS,
     STALL_LATE,
     SERIAL_COPIES,
+    SERIAL_HOST,  # nanoseconds of experts on the host
     WASTED,  # bytes of retracted prefetches
     TOTAL_SCALARS,
-) = range(35)
+) = range(36)
 
 
 class Config(NamedTuple):
@@ -392,9 +393,10 @@ class Times(NamedTuple):
     HOST_HEAD,
     HOST_LEN,
     HOST_END,  # the host is done with the one it computes
+    HOST_BUSY,  # nanoseconds of experts computed on the host
     SUBMITTED_CHUNKS,
     WIRE_SCALARS,
-) = range(16)
+) = range(17)
 
 
 class Wire(NamedTuple):

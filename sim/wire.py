@@ -16,6 +16,7 @@ from sim.state import (
     FREE_COPIES,
     HEAD_END,
     HEAD_NS,
+    HOST_BUSY,
     HOST_END,
     HOST_HEAD,
     HOST_LEN,
@@ -223,6 +224,7 @@ def begin_on_host(w: Wire, t: Times, at: int) -> None:
     i[HOST_LEN] -= 1
     busy = i[FIFO_LEN] + i[DEMAND_LEN] + i[EARLY_LEN] > 0
     i[HOST_END] = at + (t.host_shared_ns[tokens] if busy else t.host_expert_ns[tokens])
+    i[HOST_BUSY] += i[HOST_END] - at
     i[HOST_NEXT] = i[HOST_END] if i[HOST_LEN] else NEVER
 
 

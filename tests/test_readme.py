@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sim import presets, registry
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -72,3 +74,8 @@ def test_output_shown_is_the_true_output() -> None:
 def test_files_the_readme_names_exist() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("table", [*map(registry.table, registry.PACKAGES), presets.table()])
+def test_tables_are_the_registrys(table: str) -> None:
+    assert table in README

@@ -1,0 +1,208 @@
+"""What to run: the Pareto front of VRAM against tokens/s, and one choice from it, which `--choice` reads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sim import noise
+from sim.noise import Difference
+from sim.results import SCHEMA
+from sim.spec import SpecError
+
+METRICS = ("tpot", "tokens_per_s")
+ROWS = 24
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is best: ``tpot`` and ``tokens_per_s`` the fastest; ``vram:X%`` the smallest within X % of the fastest."""
+
+    metric: str
+    within: float = 0.0
+
+
+def wish(text: str) -> Wish:
+    """Parse ``--best``.
+
+    Raises:
+        SpecError: none of the three.
+    """
+    metric, _, share = text.partition(":")
+    if metric in METRICS and not share:
+        return Wish(metric)
+    try:
+        within = float(share.removesuffix("%")) / 100
+        if metric == "vram" and 0 <= within < 1:
+            return Wish("vram", within)
+    except ValueError:
+        pass
+    raise SpecError(
+        f"--best is {text!r}; it must be tpot, tokens_per_s, or vram:X% (smallest within X % of the fastest)"
+    )
+
+
+def speed(record: Record) -> float:
+    """Tokens/s of the whole model."""
+    return float((record.get("scaled") or record)["tokens_per_s"])
+
+
+def vram(record: Record) -> int:
+    """Bytes on the device for the whole model."""
+    return int((record.get("scaled") or record)["vram_bytes"])
+
+
+def groups(records: list[Record]) -> dict[tuple[Any, ...], list[Record]]:
+    """Records that may be compared: one trace, machine and model (changes of their fields included)."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if record["tokens_per_s"] is not None:
+            changes = tuple((k, v) for k, v in record["axes"].items() if k.startswith(("machine.", "model.")))
+            where = (record["trace_sha256"], record["tokens"], record["machine"], record["model"], changes)
+            found.setdefault(where, []).append(record)
+    return found
+
+
+def front(records: list[Record]) -> list[int]:
+    """Indices of the records that no other beats in both VRAM and speed, smallest first."""
+    order = sorted(range(len(records)), key=lambda i: (vram(records[i]), -speed(records[i]), records[i]["key"]))
+    best, kept = 0.0, []
+    for i in order:
+        if speed(records[i]) > best:
+            kept.append(i)
+            best = speed(records[i])
+    return kept
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting, and what it was chosen from.
+
+    Attributes:
+        records: all that were compared.
+        front: indices of the Pareto front, smallest VRAM first.
+        fastest, chosen: indices.
+        from_fastest: difference of every record's TPOT from the fastest one's.
+    """
+
+    records: list[Record]
+    front: list[int]
+    fastest: int
+    chosen: int
+    from_fastest: list[Difference]
+
+    def alike(self) -> list[int]:
+        """Records whose speed cannot be told from the fastest one's."""
+        return [i for i, d in enumerate(self.from_fastest) if i != self.fastest and not d.real]
+
+
+def choose(records: list[Record], wanted: Wish, seed: int = 0) -> Choice:
+    """The best of comparable records; among those no slower than the noise can tell, the smallest.
+
+    Raises:
+        SpecError: no record has a TPOT.
+    """
+    if not records:
+        raise SpecError("no setting has a time per token; the trace must have decode tokens that follow others")
+    fastest = max(range(len(records)), key=lambda i: (speed(records[i]), -vram(records[i]), records[i]["key"]))
+    differences = noise.differences(records, fastest, seed)
+    if wanted.metric == "vram":
+        least = speed(records[fastest]) * (1 - wanted.within)
+        candidates = [i for i in range(len(records)) if speed(records[i]) >= least]
+    else:
+        candidates = [i for i, d in enumerate(differences) if i == fastest or (d.low is not None and not d.real)]
+    chosen = min(candidates, key=lambda i: (vram(records[i]), -speed(records[i]), records[i]["key"]))
+    return Choice(records, front(records), fastest, chosen, differences)
+
+
+def label(record: Record) -> str:
+    """What the figures rest on: those carried over to all layers are estimates."""
+    return "ESTIMATED" if record.get("scaled") else str(record["evidence"])
+
+
+def interval_text(difference: Difference) -> str:
+    """A difference in TPOT in words."""
+    if difference.low is None or difference.high is None:
+        return "too few tokens to tell"
+    if not difference.real:
+        return "no difference"
+    return f"{difference.low * 100:+.1f} to {difference.high * 100:+.1f} %"
+
+
+def report(choice: Choice, wanted: Wish) -> list[str]:
+    """The front and the choice, for reading."""
+    first = choice.records[choice.chosen]
+    depth = f"all {first['scaled']['layers']} layers" if first.get("scaled") else "all layers"
+    lines = [
+        f"Pareto front of {len(choice.records):,} settings: {first['model']} on {first['machine']}, {depth} "
+        f"({label(first)}, routing {first['routing']})",
+        f"  {'VRAM GB':>8} {'tokens/s':>9} {'TPOT ms':>9} {'TPOT from fastest':>22} {'bits':>4} {'slots':>5} "
+        f"{'regime':>8}  policy",
+    ]
+    shown = choice.front[-ROWS:]
+    if len(shown) < len(choice.front):
+        lines.append(f"  ... {len(choice.front) - len(shown)} smaller and slower ones")
+    for i in shown:
+        record = choice.records[i]
+        other = "fastest" if i == choice.fastest else interval_text(choice.from_fastest[i])
+        mark = ">" if i == choice.chosen else " "
+        lines.append(
+            f"{mark} {vram(record) / 1e9:8.2f} {speed(record):9.3f} {1e3 / speed(record):9.2f} {other:>22} "
+            f"{record['bits']:4} {record['slots']:5} {record['regime']:>8}  {record['policy']}"
+        )
+    lines.append(f"intervals: 95 %, paired, {noise.SEEDS} resamples ({noise.SOURCE_OF_NOISE})")
+    alike = choice.alike()
+    if alike:
+        some = choice.records[min(alike, key=lambda i: abs(choice.from_fastest[i].mean))]
+        lines.append(
+            f"no difference from the fastest: {len(alike):,} other settings, such as {some['policy']} at "
+            f"{some['bits']} bits, {some['slots']} slots"
+        )
+    why = (
+        f"smallest within {wanted.within * 100:g} % of the fastest"
+        if wanted.metric == "vram"
+        else ("fastest" if choice.chosen == choice.fastest else "no difference from the fastest, and less VRAM")
+    )
+    lines.append(
+        f"choice ({why}): {first['policy']}, {first['bits']} bits, {first['slots']} slots: "
+        f"{speed(first):.3f} tokens/s, {vram(first) / 1e9:.2f} GB ({label(first)})"
+    )
+    return lines
+
+
+def document(choice: Choice, wanted: Wish) -> dict[str, Any]:
+    """The choice file: what the commands read, then what it rests on."""
+    record = choice.records[choice.chosen]
+    difference = choice.from_fastest[choice.chosen]
+    found: dict[str, Any] = {key: record[key] for key in ("policy", "bits", "slots", "chunk_bytes")}
+    if record["context"] is not None:
+        found["context"] = record["context"]
+    return found | {
+        "schema": SCHEMA,
+        "made_by": "sim.sweep",
+        "best": wanted.metric if not wanted.within else f"vram:{wanted.within * 100:g}%",
+        "record": record["key"],
+        "trace_sha256": record["trace_sha256"],
+        "machine": record["machine"],
+        "model": record["model"],
+        "set": [f"{k}={v}" for k, v in record["axes"].items() if k.startswith(("machine.", "model."))],
+        "tokens_per_s": speed(record),
+        "vram_bytes": vram(record),
+        "regime": record["regime"],
+        "evidence": label(record),
+        "routing": record["routing"],
+        "settings": len(choice.records),
+        "tpot_from_fastest": [difference.mean, difference.low, difference.high],
+        "noise": noise.SOURCE_OF_NOISE,
+    }
+
+
+def write(path: str, content: dict[str, Any]) -> None:
+    """A choice file, complete or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

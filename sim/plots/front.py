@@ -1,0 +1,86 @@
+"""Pareto fronts of VRAM against tokens/s, by policy and expert width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim.plots._records import Drawn, PictureError, Record, policy_name
+from sim.plots._style import COLOURS, MARKERS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+READS = "runs"
+NEEDS = ("tpot_s", "tokens_per_s", "vram_bytes", "bits", "slots")
+VARIES = ("slots", "bits")
+SIZE = (8.6, 5.0)
+MOST = 6
+LABELS = 10  # on one front
+
+
+def place(run: Record, scaled: bool) -> tuple[float, float]:
+    """VRAM in GB and tokens/s; at the full depth of the model where it was scaled."""
+    figures = run["scaled"] if scaled else run
+    return figures["vram_bytes"] / 1e9, figures["tokens_per_s"]
+
+
+def pareto(places: list[tuple[float, float]]) -> list[int]:
+    """Indices of the places that no other beats in both, by ascending VRAM."""
+    front: list[int] = []
+    for i in sorted(range(len(places)), key=lambda i: (places[i][0], -places[i][1])):
+        if not front or places[i][1] > places[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def mark(figure: Figure, vram_gb: float) -> None:
+    """A line at a memory limit."""
+    axes = figure.axes[0]
+    axes.axvline(vram_gb, color="black", linestyle=":", lw=1.4)
+    text = f"{vram_gb:g} GB"
+    axes.annotate(text, (vram_gb, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")
+
+
+def draw(figure: Figure, runs: list[Record]) -> Drawn:
+    """A mark a result, form by policy, colour by width; a line joins those that none of its width beats."""
+    scaled = all(r.get("scaled") for r in runs)
+    runs = sorted(runs, key=lambda r: (place(r, scaled), str(r["policy"])))
+    places = [place(r, scaled) for r in runs]
+    if len(set(places)) < 2:
+        raise PictureError("all results have one VRAM and one speed; simulate several slots or bits")
+    names, widths = sorted({policy_name(r) for r in runs}), sorted({r["bits"] for r in runs})
+    if len(names) > MOST:
+        raise PictureError(
+            f"{len(names)} policies cannot be told apart here; choose up to {MOST} with --where policy=NAME"
+        )
+    axes = figure.add_subplot()
+    for order, bits in enumerate(widths):
+        colour = COLOURS[order % len(COLOURS)]
+        of_width = [i for i, r in enumerate(runs) if r["bits"] == bits]
+        front = [of_width[i] for i in pareto([places[i] for i in of_width])]
+        xs, ys = zip(*(places[i] for i in front), strict=True)
+        axes.step(xs, ys, where="post", color=colour, lw=1.2, alpha=0.6, zorder=1)
+        for number, name in enumerate(names):
+            chosen = [i for i in of_width if policy_name(runs[i]) == name]
+            axes.scatter(
+                [places[i][0] for i in chosen], [places[i][1] for i in chosen], s=34, marker=MARKERS[number],
+                facecolors=[colour if i in front else "white" for i in chosen], edgecolors=colour, linewidths=1.2,
+            )  # fmt: skip
+        axes.plot([], [], color=colour, lw=2, label=f"{bits} bits")
+        for i in front[:: -(-len(front) // LABELS)]:
+            text = f"{runs[i]['slots']} slots"
+            axes.annotate(text, places[i], xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=7,
+                          color=colour)  # fmt: skip
+    for number, name in enumerate(names):
+        axes.plot([], [], linestyle="", marker=MARKERS[number], color="0.3", mfc="white", label=name)
+    axes.set(xlabel="VRAM (GB)", ylabel="tokens/s", title="Speed against memory: Pareto fronts", ylim=(0, None))
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper")
+    notes = ["Line and filled marks: no result of that width is faster with as little VRAM."]
+    if len(widths) > 1:
+        notes.append("What fewer bits cost in quality is not shown.")
+    if scaled:
+        layers = sorted({r["scaled"]["layers"] for r in runs})
+        notes.append(f"Speed and VRAM scaled to all {', '.join(map(str, layers))} layers (ESTIMATED).")
+    return Drawn(len(runs), notes)

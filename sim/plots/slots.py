@@ -1,0 +1,58 @@
+"""TPOT against cache slots by policy, with the joint floor and the references as lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim.plots._records import Drawn, Record, best_by, get, needs_variation, series
+from sim.plots._style import FLOOR, GREY, look, whole_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+READS = "runs"
+NEEDS = ("tpot_s", "slots", "bounds.joint_floor_s")
+VARIES = ("slots",)
+SIZE = (8.4, 4.8)
+MOST = 7
+
+REFERENCES = (
+    ("demand_only_s", "reference: on demand, LRU", (0, (1, 1))),
+    ("perfect_lookahead_s", "reference: perfect guesses, LRU", "--"),
+    ("perfect_lookahead_belady_s", "reference: perfect guesses, Belady", "-."),
+    ("all_resident_s", "all experts resident", ":"),
+)
+
+
+def draw(figure: Figure, runs: list[Record]) -> Drawn:
+    """A line a policy; the grey area is what no schedule reaches."""
+    slots = needs_variation(runs, "slots", lambda r: r["slots"])
+    lines, folded = series(runs, MOST)
+    axes = figure.add_subplot()
+    floors = [min(get(r, "bounds.joint_floor_s") for r in runs if r["slots"] == n) * 1e3 for n in slots]
+    axes.fill_between(slots, floors, label="below the joint floor: no schedule is faster", color=FLOOR, lw=0)
+    points = 0
+    for number, (name, group) in enumerate(lines.items()):
+        best = best_by(group, lambda r: r["slots"])
+        axes.plot(list(best), [r["tpot_s"] * 1e3 for r in best.values()], label=name, **look(number))
+        points += len(best)
+    name, group = list(lines.items())[-1]
+    references(axes, group, "on_demand" not in lines)
+    axes.set(xlabel="cache slots per layer (experts)", ylabel="time per output token (ms)", ylim=(0, None))
+    axes.set_title("Time per token against cache size")
+    whole_numbers(axes)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper")
+    notes = [f"References: slots and lookahead distance of {name}."]
+    return Drawn(points, [*notes, "Each policy with its fastest parameters at each size."] if folded else notes)
+
+
+def references(axes: Axes, group: list[Record], on_demand: bool) -> None:
+    """What is left to gain for one policy, as thin grey lines; loading on demand only where no run shows it."""
+    best = best_by(group, lambda r: r["slots"])
+    for key, name, dashes in REFERENCES:
+        known = {n: get(r, f"bounds.{key}") for n, r in best.items()}
+        at = [n for n in known if known[n]]
+        if at and (on_demand or key != "demand_only_s"):
+            axes.plot(at, [known[n] * 1e3 for n in at], linestyle=dashes, color=GREY, lw=1.2, label=name)

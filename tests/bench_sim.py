@@ -1,0 +1,66 @@
+"""Speed of the drivers: `python tests/bench_sim.py`. Medians of five runs, layer-steps (visits) per second, one core.
+
+32 layers x 8 experts, top-2, and 48 x 128, top-8 (synthetic routing), 4 and 64 slots, rtx3090, 4 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from sim.experiment import Setting, compiled_replay, fit, replay  # noqa: E402 (after the path)
+from sim.machine import load_machine, load_model  # noqa: E402
+from sim.spec import options  # noqa: E402
+from traces.presets import PRESETS  # noqa: E402
+from traces.synthesize import synthesize  # noqa: E402
+
+CASES = (
+    ("mixtral-8x7b", 2000, 4, ("on_demand", "next_layer", "confidence:lookahead=4", "speculative:lookahead=4")),
+    ("qwen3-30b-a3b", 300, 64, ("on_demand", "confidence:lookahead=4")),
+)
+
+
+def rate(run: object, visits: int, repeats: int = 5) -> tuple[float, float]:
+    """(median visits/s, seconds of the first call)."""
+    start = time.perf_counter()
+    run()  # type: ignore[operator]
+    first = time.perf_counter() - start
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()  # type: ignore[operator]
+        taken.append(time.perf_counter() - start)
+    return visits / median(taken), first
+
+
+def main() -> None:
+    found = []
+    start = time.perf_counter()
+    total = 0
+    for i in range(5_000_000):
+        total += i & 3
+    loop_s = time.perf_counter() - start
+    for name, tokens, slots, policies in CASES:
+        preset = PRESETS[name]
+        trace = synthesize(preset.model, preset.statistics, tokens, 0)
+        model = fit(load_model(name), trace)
+        visits = len(trace.passes()) * model.num_layers
+        short = trace.head(200)
+        for policy in policies:
+            setting = Setting(trace, load_machine("rtx3090"), model, 4, slots, options(policy))
+            brief = Setting(short, setting.machine, model, 4, slots, setting.options)
+            compiled, first = rate(lambda s=setting: compiled_replay(s, logged=False), visits)
+            simpy, _ = rate(lambda s=brief: replay(s), len(short.passes()) * model.num_layers, 3)
+            row = {"model": name, "policy": policy, "compiled": compiled, "simpy": simpy, "first_s": first}
+            found.append(row)
+            print(f"{name:16} {policy:28} compiled {compiled / 1e6:6.2f} M/s   SimPy {simpy / 1e3:6.1f} k/s   first call {first:.1f} s")
+    print(json.dumps({"python_loop_of_5_million_s": loop_s, "rows": found}))
+
+
+if __name__ == "__main__":
+    main()

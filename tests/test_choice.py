@@ -1,0 +1,94 @@
+"""Choices: the front, what the noise cannot tell apart, and a file that the commands accept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import random_trace
+
+from sim import choice, noise
+from sim.run import read_choice
+from sim.spec import SpecError
+
+
+def record(number: int, vram: int, ns: list[int]) -> dict[str, Any]:
+    """A setting with 10 tokens a block."""
+    tpot_s = sum(ns) / (10 * len(ns)) / 1e9
+    return {
+        "key": f"{number:02}", "policy": f"p{number}", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096,
+        "tokens_per_s": 1 / tpot_s, "tpot_s": tpot_s, "vram_bytes": vram, "scaled": None, "evidence": "ESTIMATED",
+        "routing": "SYNTHETIC", "regime": "link", "machine": "m", "model": "x", "trace_sha256": "t", "tokens": 40,
+        "axes": {}, "blocks": {"ns": ns, "tokens": [10] * len(ns)},
+    }  # fmt: skip
+
+
+def noisy(seed: int, mean: float, blocks: int = 32) -> list[int]:
+    return (np.random.default_rng(seed).normal(mean, mean / 20, blocks)).astype(int).tolist()
+
+
+def test_wishes() -> None:
+    assert choice.wish("tpot").metric == "tpot" and choice.wish("vram:5%").within == pytest.approx(0.05)
+    assert choice.wish("vram:5").within == pytest.approx(0.05)
+    for text in ("", "tpot:3", "vram", "vram:x%", "vram:100%", "vram:-1%"):
+        with pytest.raises(SpecError, match="--best"):
+            choice.wish(text)
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    records = [
+        record(0, 10, [400]),
+        record(1, 20, [200]),
+        record(2, 20, [300]),
+        record(3, 30, [250]),
+        record(4, 40, [100]),
+    ]
+    assert choice.front(records) == [0, 1, 4]
+
+
+def test_differences_inside_the_noise_are_none() -> None:
+    """Independent blocks of one mean: no difference; 20 % apart: a difference; the same blocks shifted by 1 %: one too."""
+    base = noisy(1, 1e6)
+    shifted = [int(ns * 1.01) for ns in base]
+    others = [record(0, 1, base), record(1, 1, noisy(2, 1e6)), record(2, 1, noisy(3, 1.2e6)), record(3, 1, shifted)]
+    found = noise.differences(others, 0)
+    assert [d.real for d in found] == [False, False, True, True]
+    assert found[2].low is not None and found[2].high is not None and found[2].low < 0.2 < found[2].high + 0.05
+    assert choice.interval_text(found[1]) == "no difference" and "%" in choice.interval_text(found[2])
+    assert noise.SEEDS >= 20
+    assert found == noise.differences(others, 0)
+
+
+def test_too_few_tokens_tell_nothing() -> None:
+    found = noise.differences([record(0, 1, [100]), record(1, 1, [200])], 0)
+    assert not found[1].real and choice.interval_text(found[1]) == "too few tokens to tell"
+
+
+def test_among_equals_the_smallest_is_chosen() -> None:
+    records = [record(0, 30, noisy(1, 1e6)), record(1, 20, noisy(2, 1.001e6)), record(2, 10, noisy(3, 2e6))]
+    found = choice.choose(records, choice.wish("tpot"))
+    assert found.chosen == 1 and found.fastest in (0, 1)
+    assert choice.choose(records, choice.wish("vram:60%")).chosen == 2
+    lines = "\n".join(choice.report(found, choice.wish("tpot")))
+    assert "no difference from the fastest" in lines and "sequence resampling only" in lines and "ESTIMATED" in lines
+
+
+def test_the_choice_is_accepted_by_the_commands(tmp_path: Path) -> None:
+    records = [record(0, 30, noisy(1, 1e6)), record(1, 20, noisy(3, 2e6))]
+    wanted = choice.wish("tokens_per_s")
+    choice.write(str(tmp_path / "c.json"), choice.document(choice.choose(records, wanted), wanted))
+    assert read_choice(str(tmp_path / "c.json")) == {
+        "policy": "p0", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096,
+    }  # fmt: skip
+
+
+def test_blocks_cover_every_decode_pass_once() -> None:
+    """A block a sequence from 20 sequences on, 32 blocks below; sums are kept."""
+    for sequences, length, blocks in ((24, 5, 24), (2, 50, 32), (1, 6, 3), (200, 3, 50)):
+        trace = random_trace(0, sequences=sequences, length=length)
+        starts = noise.block_starts(trace)
+        assert len(starts) == blocks and starts[0] == 0 and (np.diff(starts) > 0).all()
+        values = np.arange(sequences * length)
+        assert noise.block_sums(starts, values).sum() == values.sum()

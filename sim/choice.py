@@ -13,6 +13,7 @@ from sim.results import SCHEMA
 from sim.spec import SpecError
 
 METRICS = ("tpot", "tokens_per_s")
+SAME = ("trace_sha256", "tokens", "machine_sha256", "model_sha256", "context", "cold_sequences")
 ROWS = 24
 
 Record = dict[str, Any]
@@ -57,13 +58,11 @@ def vram(record: Record) -> int:
 
 
 def groups(records: list[Record]) -> dict[tuple[Any, ...], list[Record]]:
-    """Records that may be compared: one trace, machine and model (changes of their fields included)."""
+    """Records that may be compared: one trace, machine and model, and one use of them."""
     found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if record["tokens_per_s"] is not None:
-            changes = tuple((k, v) for k, v in record["axes"].items() if k.startswith(("machine.", "model.")))
-            where = (record["trace_sha256"], record["tokens"], record["machine"], record["model"], changes)
-            found.setdefault(where, []).append(record)
+            found.setdefault(tuple(record[name] for name in SAME), []).append(record)
     return found
 
 
@@ -189,7 +188,7 @@ def document(choice: Choice, wanted: Wish) -> dict[str, Any]:
         "trace_sha256": record["trace_sha256"],
         "machine": record["machine"],
         "model": record["model"],
-        "set": [f"{k}={v}" for k, v in record["axes"].items() if k.startswith(("machine.", "model."))],
+        "set": record["set"],
         "tokens_per_s": speed(record),
         "vram_bytes": vram(record),
         "regime": record["regime"],

@@ -50,6 +50,17 @@ PRESETS = {
         DESCRIBED + "ProMoE (Song et al. 2024): demand before speculative copies, three chunks an expert, queued ones "
         "purged when their layer is routed. Missing: its learned predictors, for which the run's stand in",
     ),
+    "seqmoe": Preset(
+        "deadline:lookahead=4,cache=predicted_next_use",
+        DESCRIBED + "SeqMoE: the most probability that still meets each layer's deadline on the link, eviction of the "
+        "farthest predicted next use. Missing: its forecasts of whole sequences, which reach much farther than the four "
+        "layers guessed here: on a slow link nothing four layers ahead meets its deadline, and little is issued",
+    ),
+    "firm_moe": Preset(
+        "agreement:lookahead=3,cache=lru",
+        DESCRIBED + "FIRM-MoE: an expert is prefetched when the guesses of several layers agree on it. Missing: "
+        "anything else it does",
+    ),
     "hobbit": Preset(
         "walk_forward:lookahead=3,cache=protected_lru,landing_slots=0",
         DESCRIBED + "HOBBIT (Tang et al. 2024): the first layer ahead with a missing predicted expert, predicted "

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from sim.axes import Axis, Range
 from sim.choice import speed
-from sim.settings import Axis, Range, Space
+from sim.settings import Space
 from sim.spec import SpecError
 
 Record = dict[str, Any]

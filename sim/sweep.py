@@ -22,10 +22,11 @@ from typing import Any
 
 from sim import choice as choices
 from sim import trial
+from sim.axes import FIELDS, Axis, axis
 from sim.results import Store
 from sim.run import check_target
 from sim.search import search
-from sim.settings import FIELDS, Axis, Case, FitError, Space, axis, size_bytes
+from sim.settings import Case, FitError, Space, size_bytes
 from sim.spec import SpecError
 from traces import TraceError
 from traces.cli import Parser
@@ -33,6 +34,7 @@ from traces.cli import Parser
 BATCH_S = 0.25  # of work sent at once: what a killed worker or sweep loses
 MOST_IN_BATCH = 64
 PROGRESS_S = 2.0
+NOT_CHOSEN = ("trace", "machine", "model", "tokens", "context", "cold_sequences")
 REPORTED = 3  # machines, models or traces whose fronts are printed in full
 
 Combination = dict[str, str]
@@ -235,19 +237,20 @@ class Sweep:
             SpecError: the cluster gave up on them.
         """
         self.wanted |= dict.fromkeys(cases)
-        waiting = deque(case for key, case in cases.items() if key not in self.store.known and key not in self._failed)
-        running: dict[Future[Any], tuple[int, float]] = {}
+        done = self.store.known.keys() | self._failed.keys()
+        waiting = deque((key, case) for key, case in cases.items() if key not in done)
+        running: dict[Future[Any], set[str]] = {}
         while waiting or running:
             while waiting and len(running) < 2 * self.workers:
                 size = max(1, min(MOST_IN_BATCH, int(BATCH_S / self._seconds), len(waiting) // self.workers or 1))
                 batch = [waiting.popleft() for _ in range(size)]
-                running[self.executor.submit(trial.records, batch)] = size, time.monotonic()
+                future = self.executor.submit(trial.records, [case for _, case in batch])
+                running[future] = {key for key, _ in batch}
             for future in wait(running, timeout=PROGRESS_S, return_when=FIRST_COMPLETED).done:
-                size, _ = running.pop(future)
-                self._keep(future)
+                self._keep(future, running.pop(future))
             self.progress.add([], 0)
 
-    def _keep(self, future: Future[Any]) -> None:
+    def _keep(self, future: Future[Any], keys: set[str]) -> None:
         try:
             found, failed, seconds = future.result()
         except AssertionError:
@@ -256,6 +259,8 @@ class Sweep:
             if not type(error).__module__.startswith(("distributed", "dask")):
                 raise
             raise SpecError(f"the cluster gave up ({type(error).__name__}); run the same again to go on") from None
+        if keys != {record["key"] for record in found} | {one.key for one in failed}:
+            raise SpecError("a worker runs other code than this machine; install the same version there")
         self._seconds = max(1e-4, seconds / max(1, len(found) + len(failed)))
         self.store.append(found)
         for one in failed:
@@ -287,10 +292,11 @@ def check(args: argparse.Namespace, space: Space) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise SpecError(f"--{flag} is {value}; it must be at least 1")
-    several = [a.key for a in space.axes if a.key in ("trace", "machine", "model", "tokens") or "." in a.key]
-    several = [key for key in several if key.partition(".")[0] in ("trace", "machine", "model", "tokens")]
+    several = [a.key for a in space.axes if a.key.partition(".")[0] in NOT_CHOSEN]
     if args.choice_out and several:
-        raise SpecError(f"--choice-out is for one trace, machine and model; --grid varies {several[0]}: leave one out")
+        raise SpecError(
+            f"--choice-out is for one trace, machine, model and use; --grid varies {several[0]}: leave one out"
+        )
 
 
 def run(args: argparse.Namespace) -> Record:

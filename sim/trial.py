@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ from sim.spec import SpecError
 from sim.timing import Timing
 from traces import Trace, TraceError
 
-_first = threading.Lock()  # a driver is compiled once, however many threads want it
-_compiled: set[str] = set()
+_compiling = threading.Lock()  # a driver is compiled once, however many threads want it
+_making = threading.Lock()  # of what settings share
+_compiled: dict[str, bool] = {}  # whether numba can, by version
 
 
 @lru_cache(maxsize=1 << 16)
@@ -128,9 +130,10 @@ def _laws_of(case: Case, trace: Trace, timing: Timing) -> Laws:
         passes = zip(of.weights, tokens, contexts, strict=True)
         total = sum(weight * (layers * dense[n, context] + head[n]) for weight, n, context in passes)
         found = Laws(lru_cache(None)(lambda n, context: dense[n, context]), lru_cache(None)(head.__getitem__), total)
-        while len(_laws) >= _MOST_LAWS:
-            _laws.pop(next(iter(_laws)), None)
-        _laws[where] = found
+        with _making:
+            if len(_laws) >= _MOST_LAWS:
+                _laws.clear()
+            _laws[where] = found
     return found
 
 
@@ -140,6 +143,7 @@ def _fewest_loads(trace: Trace, sizes: tuple[int, ...], landing_slots: int) -> i
 
 
 _learned: dict[tuple[Any, ...], Fitted] = {}
+_MOST_LEARNED = 16
 
 
 def _learn(case: Case, setting: Setting) -> Fitted:
@@ -148,11 +152,12 @@ def _learn(case: Case, setting: Setting) -> Fitted:
     if not (setting.options.cache.needs_future or hasattr(module, "fit") or hasattr(module, "sizes")):
         return Fitted()
     where = (case.trace_sha256, case.tokens, setting.options.cache.text(), case.slots)
-    if where not in _learned:
-        if len(_learned) >= 16:
-            _learned.clear()
-        _learned[where] = fitted(setting)
-    return _learned[where]
+    with _making:
+        if where not in _learned:
+            if len(_learned) >= _MOST_LEARNED:
+                _learned.clear()
+            _learned[where] = fitted(setting)
+        return _learned[where]
 
 
 def floors(case: Case, setting: Setting, timing: Timing, laws: Laws, learned: Fitted) -> dict[str, float]:
@@ -187,18 +192,17 @@ def _ledger(case: Case, setting: Setting, timing: Timing, learned: Fitted) -> tu
     trace, run = setting.trace, setting.options
     of = shared(trace)
     inputs = (of.arrays, _guesses(trace, run.predictor if run.prefetches else None), setting.model, run, setting.slots)
-    source = version(run) + str(run.guarded)
-    try:
-        if source not in _compiled:
-            with _first:
+    code = version(run)
+    with nullcontext() if code in _compiled else _compiling:
+        if _compiled.get(code, True):
+            try:
                 found = compiled.run(*inputs, timing, learned, setting.cold_sequences)
-                _compiled.add(source)
-        else:
-            found = compiled.run(*inputs, timing, learned, setting.cold_sequences)
-    except compiled.CompileError as error:
-        print(error, file=sys.stderr)
-        return replay(setting), "simpy"
-    return compiled.ledger(found, of.arrays), "compiled"
+                _compiled[code] = True
+                return compiled.ledger(found, of.arrays), "compiled"
+            except compiled.CompileError as error:
+                print(error, file=sys.stderr)
+                _compiled[code] = False
+    return replay(setting), "simpy"
 
 
 def record(case: Case) -> dict[str, Any]:
@@ -231,7 +235,10 @@ def record(case: Case) -> dict[str, Any]:
         "version": version(run),
         "trace": case.trace,
         "trace_sha256": case.trace_sha256,
+        "machine_sha256": _sha256(case.machine),
+        "model_sha256": _sha256(case.model),
         "axes": dict(case.axes),
+        "set": list(case.changes),
         "context": case.context,
         "cold_sequences": case.cold_sequences,
         "lookahead": run.lookahead,
@@ -247,7 +254,7 @@ def record(case: Case) -> dict[str, Any]:
 def _references(case: Case, setting: Setting) -> dict[str, float | None]:
     where = (case.trace_sha256, str(case.tokens), case.machine, case.model)
     experiment = _experiments.setdefault(where, Experiment(driver=case.driver))
-    with _first:
+    with _compiling:
         return {name: experiment._reference(setting, name) for name in BOUNDS[3:]}
 
 

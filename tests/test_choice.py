@@ -17,12 +17,11 @@ from sim.spec import SpecError
 def record(number: int, vram: int, ns: list[int]) -> dict[str, Any]:
     """A setting with 10 tokens a block."""
     tpot_s = sum(ns) / (10 * len(ns)) / 1e9
-    return {
-        "key": f"{number:02}", "policy": f"p{number}", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096,
-        "tokens_per_s": 1 / tpot_s, "tpot_s": tpot_s, "vram_bytes": vram, "scaled": None, "evidence": "ESTIMATED",
-        "routing": "SYNTHETIC", "regime": "link", "machine": "m", "model": "x", "trace_sha256": "t", "tokens": 40,
-        "axes": {}, "blocks": {"ns": ns, "tokens": [10] * len(ns)},
-    }  # fmt: skip
+    same = {"trace_sha256": "t", "machine_sha256": "a", "model_sha256": "b", "tokens": 40, "cold_sequences": False}
+    figures = {"tokens_per_s": 1 / tpot_s, "tpot_s": tpot_s, "vram_bytes": vram, "scaled": None, "regime": "link"}
+    chosen = {"policy": f"p{number}", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096, "axes": {}, "set": []}
+    labels = {"key": f"{number:02}", "machine": "m", "model": "x", "evidence": "ESTIMATED", "routing": "SYNTHETIC"}
+    return same | figures | chosen | labels | {"blocks": {"ns": ns, "tokens": [10] * len(ns)}}
 
 
 def noisy(seed: int, mean: float, blocks: int = 32) -> list[int]:
@@ -49,7 +48,7 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 
 
 def test_differences_inside_the_noise_are_none() -> None:
-    """Independent blocks of one mean: no difference; 20 % apart: a difference; the same blocks shifted by 1 %: one too."""
+    """Independent blocks of one mean: none; 20 % apart: a difference; the same blocks 1 % slower: one too."""
     base = noisy(1, 1e6)
     shifted = [int(ns * 1.01) for ns in base]
     others = [record(0, 1, base), record(1, 1, noisy(2, 1e6)), record(2, 1, noisy(3, 1.2e6)), record(3, 1, shifted)]

@@ -192,6 +192,9 @@ def test_what_a_sweep_varied_of_the_machine_is_a_condition(tmp_path: Path) -> No
     found = records.read([lines(tmp_path / "a", swept)]).runs
     with pytest.raises(records.PictureError, match="mix 2 values of set"):
         records.comparable(found, ("slots",))
+    assert records.read([lines(tmp_path / "b", [result(trace="/some/where/t.safetensors")])]).runs[0]["trace"] == (
+        "t.safetensors"
+    )
     records.comparable(records.choose(found, ["set=machine.link.h2d_gb_s=25"]), ())
 
 

@@ -17,9 +17,10 @@ import pytest
 from conftest import random_trace, round_machine
 
 from sim import results, settings, sweep, trial
+from sim.axes import axis
 from sim.experiment import Experiment, at_full_depth, memory
 from sim.machine import load_machine, load_model
-from sim.settings import Space, axis
+from sim.settings import Space
 from sim.spec import SpecError
 from traces import load as load_trace
 from traces.format import save
@@ -60,7 +61,7 @@ def keys_in(path: Path) -> list[str]:
     return [json.loads(line)["key"] for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-MANY = ("--grid", "slots=2..6", "--grid", "machine.link.h2d_gb_s=1..80")
+MANY = ("--grid", "slots=2..6", "--grid", "machine.link.h2d_gb_s=1..40")
 
 
 def wait_for(path: Path, records: int, process: subprocess.Popen[str], limit_s: float = 60) -> None:
@@ -111,7 +112,7 @@ def test_bad_axes_are_refused(text: str, message: str) -> None:
         (["--best", "fun"], "must be tpot"),
         (["--random", "0"], "at least 1"),
         (["--search", "5"], "nothing to vary"),
-        (["--grid", "machine.link.h2d_gb_s=1,2", "--choice-out", "x.json"], "one trace, machine and model"),
+        (["--grid", "machine.link.h2d_gb_s=1,2", "--choice-out", "x.json"], "one trace, machine, model and use"),
         (["--out", "/nowhere/x.jsonl"], "folder does not exist"),
     ],
 )
@@ -213,10 +214,10 @@ def test_killed_sweeps_lose_next_to_nothing(files: dict[str, str], tmp_path: Pat
     age_s = time.time() - out.stat().st_mtime
     first.communicate()
     kept = keys_in(out)
-    assert age_s < 2 and 40 <= len(kept) < 400
+    assert age_s < 2 and 40 <= len(kept) < 200
     again = subprocess.run(command(files, *flags), cwd=ROOT, env=env(), capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout.splitlines()[-1])["simulated"] == 400 - len(kept)
-    assert sorted(keys_in(out)) == sorted(set(keys_in(out))) and len(keys_in(out)) == 400
+    assert json.loads(again.stdout.splitlines()[-1])["simulated"] == 200 - len(kept)
+    assert sorted(keys_in(out)) == sorted(set(keys_in(out))) and len(keys_in(out)) == 200
     begin = time.monotonic()
     third = subprocess.run(command(files, *flags), cwd=ROOT, env=env(), capture_output=True, text=True, check=True)
     assert json.loads(third.stdout.splitlines()[-1])["simulated"] == 0
@@ -317,7 +318,7 @@ def test_a_cluster_that_loses_a_worker_loses_nothing(files: dict[str, str], tmp_
     assert process.returncode == 0, stderr
     found = json.loads(stdout.splitlines()[-1])
     keys = keys_in(out)
-    assert found["settings"] == found["simulated"] == len(keys) == len(set(keys)) == 400
+    assert found["settings"] == found["simulated"] == len(keys) == len(set(keys)) == 200
     assert found["workers"] == 2
 
 

@@ -14,8 +14,8 @@ Record = dict[str, Any]
 
 # What a result was obtained under. Results that differ in one stand in one picture only if it shows that field.
 CONDITIONS = (
-    "evidence", "routing", "model", "machine", "set", "trace", "seed", "decode_tokens", "cold_sequences", "context",
-    "bits", "slots",
+    "evidence", "routing", "model", "machine", "set", "trace", "trace_sha256", "seed", "decode_tokens",
+    "cold_sequences", "context", "bits", "slots",
 )  # fmt: skip
 # What makes one policy's setting differ from another's beyond its text.
 CHOICES = ("cache", "predictor", "landing_slots", "stream_slots", "chunk_bytes")
@@ -97,6 +97,8 @@ def _runs(document: Record) -> list[Record]:
         return [r for r in document["runs"] if isinstance(r, dict)]
     if "policy" not in document:
         return []
+    if isinstance(document.get("trace"), str):
+        document["trace"] = Path(document["trace"]).name
     if "set" not in document and "axes" in document:  # a sweep's record: what it varied of machine and model
         axes = document["axes"]
         document["set"] = [f"{k}={axes[k]}" for k in sorted(axes) if k.startswith(("machine.", "model."))]

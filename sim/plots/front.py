@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sim.plots._records import Drawn, PictureError, Record, policy_name
+from sim.plots._records import Drawn, PictureError, Record, fastest, policy_name
 from sim.plots._style import COLOURS, MARKERS
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ def mark(figure: Figure, vram_gb: float) -> None:
 def draw(figure: Figure, runs: list[Record]) -> Drawn:
     """A mark a result, form by policy, colour by width; a line joins those that none of its width beats."""
     scaled = all(r.get("scaled") for r in runs)
-    runs = sorted(runs, key=lambda r: (place(r, scaled), str(r["policy"])))
+    alike: dict[tuple[str, int, float], list[Record]] = {}
+    for run in sorted(runs, key=lambda r: (place(r, scaled), str(r["policy"]))):
+        alike.setdefault((policy_name(run), run["bits"], place(run, scaled)[0]), []).append(run)
+    shared = len(runs) > len(alike)
+    runs = [fastest(group) for group in alike.values()]
     places = [place(r, scaled) for r in runs]
     if len(set(places)) < 2:
         raise PictureError("all results have one VRAM and one speed; simulate several slots or bits")
@@ -67,7 +71,8 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
                 facecolors=[colour if i in front else "white" for i in chosen], edgecolors=colour, linewidths=1.2,
             )  # fmt: skip
         axes.plot([], [], color=colour, lw=2, label=f"{bits} bits")
-        for i in front[:: -(-len(front) // LABELS)]:
+        tops = list({runs[i]["slots"]: i for i in front}.values())  # of one size, the fastest is named
+        for i in tops[:: -(-len(tops) // LABELS)]:
             text = f"{runs[i]['slots']} slots"
             axes.annotate(text, places[i], xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=7,
                           color=colour)  # fmt: skip
@@ -80,6 +85,8 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     notes = ["Line and filled marks: no result of that width is faster with as little VRAM."]
     if len(widths) > 1:
         notes.append("What fewer bits cost in quality is not shown.")
+    if shared:
+        notes.append("Of one policy's settings with equal VRAM the fastest is shown.")
     if scaled:
         layers = sorted({r["scaled"]["layers"] for r in runs})
         notes.append(f"Speed and VRAM scaled to all {', '.join(map(str, layers))} layers (ESTIMATED).")

@@ -38,21 +38,31 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
         axes.plot(list(best), [r["tpot_s"] * 1e3 for r in best.values()], label=name, **look(number))
         points += len(best)
     name, group = list(lines.items())[-1]
-    references(axes, group, "on_demand" not in lines)
+    shown = references(axes, group, "on_demand" not in lines)
     axes.set(xlabel="cache slots per layer (experts)", ylabel="time per output token (ms)", ylim=(0, None))
     axes.set_title("Time per token against cache size")
     whole_numbers(axes)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper")
-    notes = [f"References: slots and lookahead distance of {name}."]
+    notes = [f"References: slots and lookahead distance of {name}."] if shown else []
+    sizes = {n: [r["vram_bytes"] / 1e9 for r in runs if r["slots"] == n and r.get("vram_bytes")] for n in slots}
+    unequal = max((max(of) - min(of) for of in sizes.values() if of), default=0.0)
+    if unequal > 0.001:
+        notes.append(f"VRAM at equal slots is not equal: it differs by up to {unequal:.2g} GB.")
     return Drawn(points, [*notes, "Each policy with its fastest parameters at each size."] if folded else notes)
 
 
-def references(axes: Axes, group: list[Record], on_demand: bool) -> None:
-    """What is left to gain for one policy, as thin grey lines; loading on demand only where no run shows it."""
+def references(axes: Axes, group: list[Record], on_demand: bool) -> bool:
+    """What is left to gain for one policy, as thin grey lines; loading on demand only where no run shows it.
+
+    True: more is drawn than the line of all experts resident.
+    """
+    drawn = set()
     best = best_by(group, lambda r: r["slots"])
     for key, name, dashes in REFERENCES:
         known = {n: get(r, f"bounds.{key}") for n, r in best.items()}
         at = [n for n in known if known[n]]
         if at and (on_demand or key != "demand_only_s"):
             axes.plot(at, [known[n] * 1e3 for n in at], linestyle=dashes, color=GREY, lw=1.2, label=name)
+            drawn.add(key)
+    return bool(drawn - {"all_resident_s"})

@@ -6,6 +6,7 @@ no residuals of their timings yet; so far the noise is that of the sequences alo
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,13 +58,19 @@ class Difference(NamedTuple):
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def resampled(block_ns: Floats, block_tokens: Floats, seed: int) -> Floats:
-    """TPOT in ns of every setting in every resample, [N, SEEDS], from its blocks' times [N, B] and tokens [B]."""
-    blocks = len(block_tokens)
+@lru_cache(maxsize=16)
+def draws(blocks: int, seed: int) -> Floats:
+    """How often each block is drawn in every resample, [B, SEEDS]."""
     weights = np.empty((blocks, SEEDS))
     for k in range(SEEDS):
         drawn = np.random.default_rng([seed, k]).integers(0, blocks, blocks)
         weights[:, k] = np.bincount(drawn, minlength=blocks)
+    return weights
+
+
+def resampled(block_ns: Floats, block_tokens: Floats, seed: int) -> Floats:
+    """TPOT in ns of every setting in every resample, [N, SEEDS], from its blocks' times [N, B] and tokens [B]."""
+    weights = draws(len(block_tokens), seed)
     return (block_ns @ weights) / np.maximum(1, block_tokens @ weights)
 
 

@@ -72,8 +72,8 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
             )  # fmt: skip
         axes.plot([], [], color=colour, lw=2, label=f"{bits} bits")
         tops = list({runs[i]["slots"]: i for i in front}.values())  # of one size, the fastest is named
-        for i in tops[:: -(-len(tops) // LABELS)]:
-            text = f"{runs[i]['slots']} slots"
+        for i in tops[:: -max(1, len(tops) // LABELS)]:
+            text = f"{runs[i]['slots']} slots" if i != front[-1] else f"{bits} bits, {runs[i]['slots']} slots"
             axes.annotate(text, places[i], xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=7,
                           color=colour)  # fmt: skip
     for number, name in enumerate(names):

@@ -132,6 +132,7 @@ class Calibration:
             machine=machine,
             store=self.stores[bits],
             record=0,
+            compiled=True,
         )
         with engine:
             ids = engine.tokenizer.encode(PROMPT)
@@ -167,7 +168,8 @@ class Calibration:
         host: dict[str, float] = {}
         usual = options("speculative").lookahead
         for distance in range(1, min(4, self.spec.num_layers - 1) + 1):
-            for s in self.run(f"speculative:lookahead={distance}", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
+            always = f"speculative:lookahead={distance},guard=0,trust=0"  # every visit looks ahead
+            for s in self.run(always, widths[0], half, DEFAULT_LINK_GB_S, (24,)):
                 gates.append(trimmed_mean([ns / 1e9 for n, ns in s.gates if n == 1]))
                 if distance <= usual:
                     host["speculative"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])

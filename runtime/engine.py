@@ -8,6 +8,7 @@ as soon as its bytes are there. Outputs are summed in rank order, so they do not
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from runtime.lookahead import RouterGates, ranked
 from runtime.observe import EngineTimeline, Spans
 from runtime.recorder import Recorder
 from runtime.store import HostStore, SlotPool
+from sim.fast_planner import FastPlanner
 from sim.ledger import Counts, Ledger
 from sim.machine import HardwareProfile
 from sim.planner import PREFETCH, STREAM, Load, Plan, Planner
@@ -47,6 +49,8 @@ class Engine:
         store: an expert store to share between engines; built (and owned) when None.
         record: keep the routing, with guesses up to this distance; None records nothing.
         record_logits: keep router logits too.
+        record_all: record the guesses of every visit, not only of those at which the planner looks.
+        compiled: decide with compiled functions where the policy prefetches and numba is there (`planner_class`).
 
     Raises:
         ModelError, SpecError, StoreError: inputs that cannot be used.
@@ -66,6 +70,8 @@ class Engine:
         store: HostStore | None = None,
         record: int | None = None,
         record_logits: bool = False,
+        record_all: bool = True,
+        compiled: bool = False,
     ) -> None:
         check_options(options)
         self.spec = models.spec_of(model_dir)
@@ -73,7 +79,8 @@ class Engine:
         self.slots = slots
         self.bits = bits
         self.timing = Timing(machine, self.spec, bits, options)
-        self.planner = Planner(self.spec, options, slots, self.timing)
+        kind = planner_class(options) if compiled else Planner
+        self.planner = kind(self.spec, options, slots, self.timing)
         self.ledger = Ledger()
         self.spans: Spans | None = None
         self.timeline: EngineTimeline | None = None
@@ -85,7 +92,7 @@ class Engine:
         reach = min(max(options.lookahead, record or 0), self.spec.num_layers - 1)
         self._gates = RouterGates(routers, self.spec.top_k, reach) if reach else None
         self.recorder = Recorder(self.spec, reach, record_logits) if record is not None else None
-        self._record_all = bool(record)
+        self._record_all = bool(record) and record_all
         act = blocks[0].block.experts.act_fn
         for layer, found in enumerate(blocks):
             found.block.experts = OffloadedExperts(self.visit, layer)
@@ -389,6 +396,11 @@ class Engine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def planner_class(options: Options) -> type[Planner]:
+    """The planner that decides fastest: compiled for a policy that prefetches, if numba is installed."""
+    return FastPlanner if options.prefetches and importlib.util.find_spec("numba") else Planner
 
 
 def check_options(options: Options) -> None:

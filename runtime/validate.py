@@ -110,6 +110,8 @@ class Validation:
             machine=machine,
             store=self._stores[cell.bits],
             record=cell.options.lookahead,
+            record_all=False,
+            compiled=True,
         ) as engine:
             engine.ledger.log = LoadLog(log)
             if self.timelines is not None and not cell.runs:

@@ -153,6 +153,7 @@ def report(choice: Choice, wanted: Wish) -> list[str]:
             f"{mark} {vram(record) / 1e9:8.2f} {speed(record):9.3f} {1e3 / speed(record):9.2f} {other:>22} "
             f"{record['bits']:4} {record['slots']:5} {record['regime']:>8}  {record['policy']}"
         )
+    lines += [*widths(choice.records), *simpy(choice.records)]
     lines.append(f"intervals: 95 %, paired, {noise.SEEDS} resamples ({noise.SOURCE_OF_NOISE})")
     alike = choice.alike()
     if alike:
@@ -171,6 +172,30 @@ def report(choice: Choice, wanted: Wish) -> list[str]:
         f"{speed(first):.3f} tokens/s, {vram(first) / 1e9:.2f} GB ({label(first)})"
     )
     return lines
+
+
+def widths(records: list[Record]) -> list[str]:
+    """The fastest setting at each width, where there are several: speed is not all that differs between them."""
+    fastest: dict[int, Record] = {}
+    for record in records:
+        if record["bits"] not in fastest or speed(record) > speed(fastest[record["bits"]]):
+            fastest[record["bits"]] = record
+    if len(fastest) < 2:
+        return []
+    lines = ["fastest at each width (fewer bits change the model's quality, which no figure here contains):"]
+    for bits in sorted(fastest, reverse=True):
+        record = fastest[bits]
+        lines.append(
+            f"  {bits:2} bits: {speed(record):.3f} tokens/s, {vram(record) / 1e9:.2f} GB, {record['slots']} slots, "
+            f"{record['policy']}"
+        )
+    return lines
+
+
+def simpy(records: list[Record]) -> list[str]:
+    """How many did not run in the compiled driver, if some did."""
+    slow = sum(record["driver"] == "simpy" for record in records)
+    return [f"{slow:,} settings ran in the SimPy driver"] if slow else []
 
 
 def document(choice: Choice, wanted: Wish) -> dict[str, Any]:

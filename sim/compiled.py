@@ -15,6 +15,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -275,6 +276,13 @@ def entry(s, w, c, t, o, ow, oc, ot, rules, ids, rows, tokens, decode, opens, gu
         pointer(lengths), pointer(log), logs, pointer(seen))
 
 @njit(cache=True, nogil=True)
+def step(s, w, c, t, o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns):
+    loop_step(
+        (pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t),
+        (pointer(o[0]), pointer(o[1])), (pointer(ow[0]), pointer(ow[1])), pointer(oc), pointer(ot),
+        rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
+
+@njit(cache=True, nogil=True)
 def left_over(s, w, c, t):
     return loop_unused_bytes((pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t))
 """
@@ -454,6 +462,23 @@ def parts_of(
     return parts, c, len(s.prefetch_x)
 
 
+def guarded(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """The compiled function; numba's complaints about a plug-in become a `CompileError`."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            if not type(error).__module__.startswith("numba"):
+                raise
+            names = f"{options.policy.name}, {options.cache.name}, {options.miss}"
+            said = [line.strip() for line in str(error).splitlines() if line.strip() and "Failed in" not in line]
+            reason = said[0] if said else type(error).__name__
+            raise CompileError(f"numba cannot compile {names} ({reason}); the SimPy driver runs them") from None
+
+    return call
+
+
 def run(
     arrays: Arrays,
     guesses: GuessArrays,
@@ -472,6 +497,7 @@ def run(
         SpecError: numba is not installed.
     """
     module = driver(source(options))
+    entry = guarded(module.entry, options)
     a, g = arrays, guesses
     own, c, most = parts_of(model, options, slots, timing, fitted, a.most_tokens, g.ids.shape[3])
     shadow = own
@@ -494,20 +520,12 @@ def run(
     access = 0
     for first in range(0, passes, block):
         last = min(passes, first + block)
-        try:
-            access, lines = module.entry(
-                *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores,
-                g.ids.shape[2], g.ids.shape[3], a.no_expert, g.wraps, np.array(dense, np.int64), np.array(head,
-                np.int64), following, bool(len(following)), options.whole_layer, cold, first, last, access, counts,
-                lengths, rows, log is not None, seen,
-            )  # fmt: skip
-        except Exception as error:
-            if type(error).__module__.startswith("numba"):
-                names = f"{options.policy.name}, {options.cache.name}, {options.miss}"
-                said = [line.strip() for line in str(error).splitlines() if line.strip() and "Failed in" not in line]
-                reason = said[0] if said else type(error).__name__
-                raise CompileError(f"numba cannot compile {names} ({reason}); the SimPy driver runs them") from None
-            raise
+        access, lines = entry(
+            *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores, g.ids.shape[2],
+            g.ids.shape[3], a.no_expert, g.wraps, np.array(dense, np.int64), np.array(head, np.int64), following,
+            bool(len(following)), options.whole_layer, cold, first, last, access, counts, lengths, rows,
+            log is not None, seen,
+        )  # fmt: skip
         if log is not None:
             _write(log, rows[:lines], model.num_experts)
     unused = int(module.left_over(*own))

@@ -131,10 +131,7 @@ def run(
                     s.following[i] = following[access + i]
             access += used
             if c.guard:
-                for i in range(routed):
-                    o.routed[i] = s.routed[i]
-                    o.counts[i] = s.counts[i]
-                    o.following[i] = s.following[i]
+                share(s, o, routed)
             looks = decode and s.n[LOOKING] > 0
             if looks:
                 row = pass_guesses[p] * layers + layer
@@ -162,6 +159,44 @@ def run(
             wire.advance(w, t, s.n[NOW])
             counts[k + LINK_BUSY] += wire.busy_so_far_ns(w) - busy
     return access, lines
+
+
+def share(s: State, o: State, routed: int) -> None:
+    """The shadow gets the same visit."""
+    for i in range(routed):
+        o.routed[i] = s.routed[i]
+        o.counts[i] = s.counts[i]
+        o.following[i] = s.following[i]
+
+
+def step(
+    s: State,
+    w: Wire,
+    c: Config,
+    t: Times,
+    o: State,
+    ow: Wire,
+    oc: Config,
+    ot: Times,
+    rules: Rules,
+    index: int,
+    layer: int,
+    decode: bool,
+    opens: bool,
+    cold: bool,
+    routed: int,
+    used: int,
+    dense_ns: int,
+    head_ns: int,
+) -> None:
+    """One visit that stands in the input tables, as `run` does it; for a planner that is asked visit by visit."""
+    if c.guard:
+        share(s, o, routed)
+    clock.visit(s, w, c, t, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
+    if c.guard:
+        clock.visit(o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
+        if layer == c.layers - 1:
+            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, c.layers * (t.host_ns - ot.host_ns))
 
 
 def enter(s: State, c: Config, ids: Array, row: int, tokens: int, layer: int, seen: Array) -> int:

@@ -290,6 +290,13 @@ class Planner:
         routed = self._enter(s, visit)
         if decode and s.n[LOOKING]:
             self._enter_guesses(visit)
+        self._decide(visit, decode, routed, used, dense_ns, head_ns)
+        self._accesses += used
+        return self._plan(visit, routed)
+
+    def _decide(self, visit: Visit, decode: bool, routed: int, used: int, dense_ns: int, head_ns: int) -> None:
+        """The visit in the input tables, its time, and the guard's shadow."""
+        s, c = self._s, self._c
         if c.clock:
             self._times.make_room(max(visit.counts))
         clock.visit(
@@ -304,11 +311,9 @@ class Planner:
                 other, wire, config, times.times, rules, visit.index, visit.layer, decode, visit.starts_sequence,
                 self._cold, routed, used, dense_ns, head_ns,
             )  # fmt: skip
-        self._accesses += used
-        if last and c.guard and self._shadow is not None:
-            load_ns, host_ns = self._times.times.load_ns, self._times.times.host_ns - self._shadow[3].times.host_ns
-            guard.end_pass(s, c, decode, self._shadow[0].n[NOW], load_ns, c.layers * host_ns)
-        return self._plan(visit, routed)
+            if visit.layer == c.layers - 1:
+                load_ns, host_ns = self._times.times.load_ns, self._times.times.host_ns - times.times.host_ns
+                guard.end_pass(s, c, decode, other.n[NOW], load_ns, c.layers * host_ns)
 
     def _enter(self, s: State, visit: Visit) -> int:
         """Write a visit into the input tables; returns the experts that take part."""

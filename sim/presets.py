@@ -53,8 +53,8 @@ PRESETS = {
     "seqmoe": Preset(
         "deadline:lookahead=4,cache=predicted_next_use",
         DESCRIBED + "SeqMoE: the most probability that still meets each layer's deadline on the link, eviction of the "
-        "farthest predicted next use. Missing: its forecasts of whole sequences, which reach much farther than the four "
-        "layers guessed here: on a slow link nothing four layers ahead meets its deadline, and little is issued",
+        "farthest predicted next use. Missing: its forecasts of whole sequences, which reach much farther than the "
+        "four layers guessed here: on a slow link nothing four layers ahead meets its deadline, and little is issued",
     ),
     "firm_moe": Preset(
         "agreement:lookahead=3,cache=lru",

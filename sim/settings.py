@@ -318,21 +318,18 @@ def most_slots(setting: Setting, vram_bytes: int) -> int:
         return memory(dataclasses.replace(whole, slots=slots))[0] <= vram_bytes
 
     try:
-        return last(least, most, fits)
+        found = last(least, most, fits)
     except ValueError as error:
-        if isinstance(error, FitError):
-            raise
         raise FitError(str(error)) from None
+    if found is None:
+        raise FitError(f"not even {least} slots a layer fit {vram_bytes / 1e9:g} GB at {setting.bits} bits")
+    return found
 
 
-def last(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, if every smaller one does too.
-
-    Raises:
-        FitError: not even ``low``.
-    """
+def last(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number that fits, if every smaller one does too; None if not even ``low``."""
     if not fits(low):
-        raise FitError(f"not even {low} slots a layer fit the memory")
+        return None
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

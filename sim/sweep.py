@@ -145,7 +145,10 @@ class Progress:
         """Where the sweep stands."""
         self._said = time.monotonic()
         rate = self.done / max(1e-9, self.seconds)
-        left = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
+        left = f"{(self.total - self.done) / max(1e-9, rate):.0f} s"
+        if not self.done:
+            print("no setting is done yet (a new driver takes some seconds to compile)", file=sys.stderr, flush=True)
+            return
         line = f"{self.done:,} of {self.total:,} settings, {rate:.1f} settings/s, ETA {left}"
         if self.best is not None:
             best = self.best

@@ -13,11 +13,11 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sim.experiment import Setting, compiled_replay, fit, replay  # noqa: E402 (after the path)
-from sim.machine import load_machine, load_model  # noqa: E402
-from sim.spec import options  # noqa: E402
-from traces.presets import PRESETS  # noqa: E402
-from traces.synthesize import synthesize  # noqa: E402
+from sim.experiment import Setting, compiled_replay, fit, replay
+from sim.machine import load_machine, load_model
+from sim.spec import options
+from traces.presets import PRESETS
+from traces.synthesize import synthesize
 
 CASES = (
     ("mixtral-8x7b", 2000, 4, ("on_demand", "next_layer", "confidence:lookahead=4", "speculative:lookahead=4")),
@@ -58,7 +58,8 @@ def main() -> None:
             simpy, _ = rate(lambda s=brief: replay(s), len(short.passes()) * model.num_layers, 3)
             row = {"model": name, "policy": policy, "compiled": compiled, "simpy": simpy, "first_s": first}
             found.append(row)
-            print(f"{name:16} {policy:28} compiled {compiled / 1e6:6.2f} M/s   SimPy {simpy / 1e3:6.1f} k/s   first call {first:.1f} s")
+            fast, slow = f"{compiled / 1e6:6.2f} M/s", f"{simpy / 1e3:6.1f} k/s"
+            print(f"{name:16} {policy:28} compiled {fast}   SimPy {slow}   first call {first:.1f} s")
     print(json.dumps({"python_loop_of_5_million_s": loop_s, "rows": found}))
 
 

@@ -18,7 +18,14 @@ def record(number: int, vram: int, ns: list[int]) -> dict[str, Any]:
     """A setting with 10 tokens a block."""
     tpot_s = sum(ns) / (10 * len(ns)) / 1e9
     same = {"trace_sha256": "t", "machine_sha256": "a", "model_sha256": "b", "tokens": 40, "cold_sequences": False}
-    figures = {"tokens_per_s": 1 / tpot_s, "tpot_s": tpot_s, "vram_bytes": vram, "scaled": None, "regime": "link"}
+    figures = {
+        "tokens_per_s": 1 / tpot_s,
+        "tpot_s": tpot_s,
+        "vram_bytes": vram,
+        "scaled": None,
+        "regime": "link",
+        "driver": "compiled",
+    }
     chosen = {"policy": f"p{number}", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096, "axes": {}, "set": []}
     labels = {"key": f"{number:02}", "machine": "m", "model": "x", "evidence": "ESTIMATED", "routing": "SYNTHETIC"}
     return same | figures | chosen | labels | {"blocks": {"ns": ns, "tokens": [10] * len(ns)}}
@@ -72,6 +79,13 @@ def test_among_equals_the_smallest_is_chosen() -> None:
     assert choice.choose(records, choice.wish("vram:60%")).chosen == 2
     lines = "\n".join(choice.report(found, choice.wish("tpot")))
     assert "no difference from the fastest" in lines and "sequence resampling only" in lines and "ESTIMATED" in lines
+
+
+def test_every_width_has_a_line_of_its_own() -> None:
+    """A width that loses on the front is still shown; one width alone is not."""
+    records = [record(0, 30, noisy(1, 2e6)), record(1, 20, noisy(2, 1e6)) | {"bits": 2}]
+    assert [line.split()[0] for line in choice.widths(records)[1:]] == ["4", "2"]
+    assert choice.widths(records[:1]) == []
 
 
 def test_the_choice_is_accepted_by_the_commands(tmp_path: Path) -> None:

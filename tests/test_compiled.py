@@ -89,10 +89,10 @@ def test_what_numba_cannot_compile_runs_in_simpy_and_says_so(
     from sim.spec import options
 
     (tmp_path / "zz_slow.py").write_text(
-        '"""A rule of a test."""\nfrom typing import NamedTuple\nfrom sim.plugin import Experts, Now\n'
+        '"""A rule of a test."""\nimport json\nfrom typing import NamedTuple\nfrom sim.plugin import Experts, Now\n'
         'SOURCE = "a test"\nclass Params(NamedTuple):\n    """None."""\n'
         "def score(params: Params, experts: Experts, x: int, now: Now) -> float:\n"
-        "    return float(sorted({'a': experts.last_use[x]}.items(), key=lambda pair: pair[1])[0][1])\n"
+        "    return float(json.loads(json.dumps(experts.last_use[x])))\n"
     )
     package = __import__("sim.caches", fromlist=["__path__"])
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])

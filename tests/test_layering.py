@@ -25,7 +25,7 @@ SIM_ORDER = [
     {"sim.wire", "sim.decide", "sim.clock", "sim.guard"},
     {"sim.planner"},
     {"sim.ledger", "sim.timeline", "sim.bounds", "sim.simpy_driver", "sim.compiled"},
-    {"sim.experiment"},
+    {"sim.experiment", "sim.fast_planner"},
 ]
 
 

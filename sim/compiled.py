@@ -39,6 +39,7 @@ CORE = ("plugin", "wire", "decide", "clock", "guard", "loop")
 SHARED = ("sim.plugin", "sim.state")  # their classes and constants are imported, so that all drivers use the same
 KINDS = (DEMAND, PREFETCH, RETRACT, STREAM)
 LOG_ROWS = 1 << 20
+JIT_CACHE = "EXPERT_LOOKAHEAD_JIT_CACHE"
 
 
 class CompileError(SpecError):
@@ -46,8 +47,8 @@ class CompileError(SpecError):
 
 
 def folder() -> Path:
-    """Where compiled drivers are kept: ``EXPERT_LOOKAHEAD_JIT_CACHE``, or a folder of the user's cache."""
-    named = os.environ.get("EXPERT_LOOKAHEAD_JIT_CACHE")
+    """Where compiled drivers are kept: the environment's `JIT_CACHE`, or a folder of the user's cache."""
+    named = os.environ.get(JIT_CACHE)
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(named) if named else (Path(base) if base else Path.home() / ".cache") / "expert-lookahead"
 

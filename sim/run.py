@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import traces
+from sim import compiled, registry, sensitivity
 from sim import machine as machines
-from sim import registry, sensitivity
 from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_tokens, fit, memory
 from sim.presets import PRESETS
 from sim.spec import Options, SpecError, comparable, parse
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, metavar="N", help="first N decode tokens only")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of anything random (default %(default)s)")
     p.add_argument("--driver", choices=("simpy", "compiled"), default="simpy", help="default %(default)s")
+    p.add_argument("--jit-cache", metavar="DIR", help="where compiled drivers are kept (default: the user's cache)")
     p.add_argument("--timeline", metavar="FILE.json.gz", help="write a timeline for Perfetto (one --policy)")
     p.add_argument("--load-log", metavar="FILE", help="write every load as a JSON line (one --policy)")
     p.add_argument("--cold-sequences", action="store_true", help="empty the caches where a sequence starts")
@@ -202,6 +203,8 @@ def written(path: str | None) -> Iterator[IO[str] | None]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Simulate everything asked for and print it; the returned document is the last line of output."""
+    if args.jit_cache:
+        os.environ[compiled.JIT_CACHE] = args.jit_cache
     setting, runs = prepare(args)
     for chosen in runs:
         note_short_guesses(setting, chosen)

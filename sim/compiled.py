@@ -292,10 +292,15 @@ def left_over(s, w, c, t):
 def source(options: Options) -> str:
     """The text of the driver for the plug-ins of ``options``."""
     modules = (options.cache.module, options.policy.module, options.miss_rule.module)
-    files = [Path(str(module.__file__)) for module in modules]
-    files += [Path(__file__).parent / f"{name}.py" for name in (*CORE, "state")]
-    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    found = map(os.stat, _files(modules))
+    stamps = tuple((file.st_mtime_ns, file.st_size) for file in found)
     return _source(modules, stamps)
+
+
+@cache
+def _files(modules: tuple[ModuleType, ModuleType, ModuleType]) -> tuple[str, ...]:
+    here = Path(__file__).parent
+    return (*(str(module.__file__) for module in modules), *(str(here / f"{name}.py") for name in (*CORE, "state")))
 
 
 @cache
@@ -430,6 +435,16 @@ def _merge(
     return wide_ids, wide_scores, rows
 
 
+PassTimes = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def pass_times(arrays: Arrays, timing: Timing) -> PassTimes:
+    """Nanoseconds of a layer's dense part and of the head, for every pass."""
+    tokens = arrays.tokens.tolist()
+    dense = [timing.dense_ns(n, context) for n, context in zip(tokens, arrays.context.tolist(), strict=True)]
+    return np.array(dense, np.int64), np.array([timing.head_ns(n) for n in tokens], np.int64)
+
+
 class Run(NamedTuple):
     """What one compiled run leaves: counts [2, TOTAL_COUNTS], and the length of every pass in ns."""
 
@@ -490,8 +505,9 @@ def run(
     fitted: Fitted,
     cold: bool = False,
     log: LoadLog | None = None,
+    times: PassTimes | None = None,
 ) -> Run:
-    """Simulate one setting; ``log`` gets its loads.
+    """Simulate one setting; ``log`` gets its loads; ``times`` if they are known already.
 
     Raises:
         CompileError: a plug-in numba cannot compile.
@@ -510,8 +526,7 @@ def run(
     passes = len(a.rows)
     counts = np.zeros((2, module.loop_TOTAL_COUNTS), np.int64)
     lengths = np.zeros(passes, np.int64)
-    dense = [timing.dense_ns(n, context) for n, context in zip(a.tokens.tolist(), a.context.tolist(), strict=True)]
-    head = [timing.head_ns(n) for n in a.tokens.tolist()]
+    dense, head = pass_times(a, timing) if times is None else times
     following = np.array(fitted.following, np.int64)
     most_lines = layers * (3 * model.num_experts + 2 * c.places + most + 4)
     rows = np.zeros((max(LOG_ROWS, most_lines) if log is not None else 0, 5), np.int64)
@@ -523,7 +538,7 @@ def run(
         last = min(passes, first + block)
         access, lines = entry(
             *own, *shadow, rules, a.ids, a.rows, a.tokens, a.decode, a.opens, g.rows, g.ids, g.scores, g.ids.shape[2],
-            g.ids.shape[3], a.no_expert, g.wraps, np.array(dense, np.int64), np.array(head, np.int64), following,
+            g.ids.shape[3], a.no_expert, g.wraps, dense, head, following,
             bool(len(following)), options.whole_layer, cold, first, last, access, counts, lengths, rows,
             log is not None, seen,
         )  # fmt: skip

@@ -279,10 +279,10 @@ class Experiment:
             "joint_floor_s": max(compute_ns / tokens / 1e9, link_s),
         }
         if self.references:
-            values |= {name: self._reference(setting, name) for name in BOUNDS[3:]}
+            values |= {name: self.reference(setting, name) for name in BOUNDS[3:]}
         return values
 
-    def _reference(self, setting: Setting, name: str) -> float | None:
+    def reference(self, setting: Setting, name: str) -> float | None:
         """TPOT of a run that knows the future, or never looks ahead, with the same slots."""
         if name == "zero_overhead_s":
             return self.tpot_s(replace(setting, machine=without_overhead(setting.machine)))
@@ -373,7 +373,8 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
     decode, prefill = ledger.phases[DECODE], ledger.phases[PREFILL]
     timing = Timing(setting.machine, setting.model, setting.bits, run)
     timed = np.repeat(ledger.decode_ns, ledger.timed) if ledger.decode_ns else np.empty(0)
-    tpot_s = sum(timed.tolist()) / len(timed) / 1e9 if len(timed) else None
+    tpot_s = int(timed.sum()) / len(timed) / 1e9 if len(timed) else None
+    p50, p99 = np.percentile(timed, (50, 99)).tolist() if len(timed) else (0.0, 0.0)
     measured = timing.measured
     vram_bytes, host_bytes = memory(setting)
     return {
@@ -389,8 +390,8 @@ def summary(setting: Setting, ledger: Ledger) -> dict[str, Any]:
         **phase_keys(decode),
         "ttft_s": float(np.mean(ledger.ttft_ns)) / 1e9 if ledger.ttft_ns else None,
         "tpot_s": tpot_s,
-        "itl_p50_s": float(np.percentile(timed, 50)) / 1e9 if len(timed) else None,
-        "itl_p99_s": float(np.percentile(timed, 99)) / 1e9 if len(timed) else None,
+        "itl_p50_s": p50 / 1e9 if len(timed) else None,
+        "itl_p99_s": p99 / 1e9 if len(timed) else None,
         "tokens_per_s": 1 / tpot_s if tpot_s else None,
         "vram_bytes": vram_bytes,
         "host_bytes": host_bytes,

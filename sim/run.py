@@ -320,31 +320,37 @@ def print_table(setting: Setting, results: list[dict[str, Any]], compared: bool)
     print()
     name = max(24, *(len(r["policy"]) for r in results))
     unit, unit_bytes = ("GB", 1e9) if results[0]["vram_bytes"] >= 1e9 else ("MB", 1e6)
+    model = setting.model
+    if model.full_layers:
+        print(f"the first {model.num_layers} of {model.full_layers} layers; tokens/s of all of them stands last")
+    whole = f"all {model.full_layers}" if model.full_layers else ""
     head = (
-        f"{'policy':{name}} {'tokens/s':>9} {'TPOT ms':>8} {'stall ms':>9} {'miss+late':>15} {'hit %':>6} {'late':>5} "
-        f"{'miss':>5} {unit + '/token':>9} {'link busy':>9} {'VRAM ' + unit:>8}  regime"
+        f"{'policy':{name}} {'tokens/s':>9} {'TPOT ms':>8} {'stall ms':>9} {'= miss+late':>15} {'hit %':>6} "
+        f"{'miss %':>6} {'late %':>6} {unit + '/token':>9} {'link busy':>9} {'VRAM ' + unit:>8}  {'regime':7} {whole}"
     )
-    print(head)
+    print(head.rstrip())
     for r in sorted(results, key=lambda r: r["tpot_s"] or 0):
         share = 100 / max(1, r["accesses"])
-        print(
+        line = (
             f"{r['policy']:{name}} {r['tokens_per_s'] or 0:9.2f} {(r['tpot_s'] or 0) * 1e3:8.2f} "
             f"{r['stall_s'] * 1e3:9.2f} {r['stall_miss_s'] * 1e3:7.2f}+{r['stall_late_s'] * 1e3:<7.2f} "
-            f"{r['hits'] * share:6.1f} {r['late'] * share:5.1f} {r['misses'] * share:5.1f} "
+            f"{r['hits'] * share:6.1f} {r['misses'] * share:6.1f} {r['late'] * share:6.1f} "
             f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / unit_bytes:9.3f} {r['link_busy'] * 100:8.0f}% "
-            f"{r['vram_bytes'] / unit_bytes:8.2f}  {r['regime']}"
+            f"{r['vram_bytes'] / unit_bytes:8.2f}  {r['regime']:7}"
         )
+        print((line + (f" {r['scaled']['tokens_per_s']:6.2f}" if r["scaled"] else "")).rstrip())
     named = [name for r in results if (name := r["policy"].partition(":")[0]) in PRESETS]
     for name in named if len(named) <= MOST_SOURCES else []:
         print(f"{name}: {PRESETS[name].source}")
     if len(named) > MOST_SOURCES:
         print("what each preset stands for, and what it lacks of the system it is named after: --help")
-    print(f"all figures per decode token, {results[0]['evidence']} (simulated on the profile above)\n")
+    evidence = results[0]["evidence"]
+    print(f"all figures per decode token, {evidence} (simulated on the profile above, with the hits of its routing)\n")
     first = results[0] if compared else min(results, key=lambda r: r["tpot_s"] or 0)
     bounds = first["bounds"]
     labels = {
         "all_resident_s": "all resident (compute only)",
-        "link_floor_s": "link floor (fewest loads any schedule needs)",
+        "link_floor_s": "link floor (fewest loads any schedule with these slots needs)",
         "joint_floor_s": "joint floor: no schedule is faster",
         "demand_only_s": "reference: on demand, LRU, same slots",
         "perfect_lookahead_s": "reference: perfect guesses at the same distance, LRU",
@@ -357,10 +363,7 @@ def print_table(setting: Setting, results: list[dict[str, Any]], compared: bool)
     for other in results[1:] if compared else []:
         if other["tpot_s"] and first["tpot_s"]:
             gain = (other["tpot_s"] / first["tpot_s"] - 1) * 100
-            print(f"{first['policy']} against {other['policy']}: {gain:+.1f} % tokens/s")
-    if first["scaled"] and compared:
-        line = ", ".join(f"{r['policy']} {r['scaled']['tokens_per_s']:.2f}" for r in results)
-        print(f"scaled to all {first['scaled']['layers']} layers (ESTIMATED), tokens/s: {line}")
+            print(f"{first['policy']} against {other['policy']}: {gain:+.1f} % tokens/s ({evidence})")
     print_memory(setting)
     print()
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -100,10 +99,9 @@ def _guesses(trace: Trace, predictor: str | None) -> compiled.GuessArrays:
 
 
 class Laws(NamedTuple):
-    """Times by pass that settings of one machine and model share: memoized functions, and all timed passes' sum."""
+    """What settings of one machine and model share: times by pass, and the sum over all timed passes and layers."""
 
-    dense_ns: Callable[[int, int], int]
-    head_ns: Callable[[int], int]
+    times: compiled.PassTimes
     total_ns: int
 
 
@@ -123,13 +121,8 @@ def _laws_of(case: Case, trace: Trace, timing: Timing) -> Laws:
     found = _laws.get(where)
     if found is None:
         of = shared(trace)
-        tokens, contexts = of.arrays.tokens.tolist(), of.arrays.context.tolist()
-        dense = {pair: timing.dense_ns(*pair) for pair in sorted({(1, 0), *zip(tokens, contexts, strict=True)})}
-        head = {n: timing.head_ns(n) for n in {1, *tokens}}
-        layers = timing.model.num_layers
-        passes = zip(of.weights, tokens, contexts, strict=True)
-        total = sum(weight * (layers * dense[n, context] + head[n]) for weight, n, context in passes)
-        found = Laws(lru_cache(None)(lambda n, context: dense[n, context]), lru_cache(None)(head.__getitem__), total)
+        dense, head = compiled.pass_times(of.arrays, timing)
+        found = Laws((dense, head), int(np.dot(of.weights, timing.model.num_layers * dense + head)))
         with _making:
             if len(_laws) >= _MOST_LAWS:
                 _laws.clear()
@@ -185,7 +178,7 @@ def floors(case: Case, setting: Setting, timing: Timing, laws: Laws, learned: Fi
 _experiments: dict[tuple[str, ...], Experiment] = {}
 
 
-def _ledger(case: Case, setting: Setting, timing: Timing, learned: Fitted) -> tuple[Ledger, str]:
+def _ledger(case: Case, setting: Setting, timing: Timing, laws: Laws, learned: Fitted) -> tuple[Ledger, str]:
     """A run by the driver the case names; what cannot be compiled runs in SimPy."""
     if case.driver == "simpy":
         return replay(setting), "simpy"
@@ -196,7 +189,7 @@ def _ledger(case: Case, setting: Setting, timing: Timing, learned: Fitted) -> tu
     with nullcontext() if code in _compiled else _compiling:
         if _compiled.get(code, True):
             try:
-                found = compiled.run(*inputs, timing, learned, setting.cold_sequences)
+                found = compiled.run(*inputs, timing, learned, setting.cold_sequences, times=laws.times)
                 _compiled[code] = True
                 return compiled.ledger(found, of.arrays), "compiled"
             except compiled.CompileError as error:
@@ -215,9 +208,8 @@ def record(case: Case) -> dict[str, Any]:
     run = setting.options
     timing = Timing(setting.machine, setting.model, setting.bits, run)
     laws = _laws_of(case, setting.trace, timing)
-    vars(timing).update(dense_ns=laws.dense_ns, head_ns=laws.head_ns)
     learned = _learn(case, setting)
-    ledger, driver = _ledger(case, setting, timing, learned)
+    ledger, driver = _ledger(case, setting, timing, laws, learned)
     result = summary(setting, ledger)
     del result["load_log_sha256"]
     if not ledger.ttft_ns:
@@ -255,7 +247,7 @@ def _references(case: Case, setting: Setting) -> dict[str, float | None]:
     where = (case.trace_sha256, str(case.tokens), case.machine, case.model)
     experiment = _experiments.setdefault(where, Experiment(driver=case.driver))
     with _compiling:
-        return {name: experiment._reference(setting, name) for name in BOUNDS[3:]}
+        return {name: experiment.reference(setting, name) for name in BOUNDS[3:]}
 
 
 class Failed(NamedTuple):

@@ -108,17 +108,16 @@ def visit(
 
 def loads_of_misses(s: State, w: Wire, c: Config, t: Times, rules: Rules, layer: int, routed: int, used: int) -> int:
     """How many of the visit's misses are loaded; the host computes the others."""
-    number = decide.missing(s, c, layer, routed)
+    number, filling = decide.missing(s, c, layer, routed)
     if number == 0:
         return 0
     tokens = 0
     for i in range(used):
         tokens += s.counts[i]
     each = max(1, tokens // used)
-    free = s.free_count[decide.group_of(c, layer)]
     misses = Misses(
         number,
-        free,
+        filling,
         wire.backlog_ns(w, t, -1),
         t.load_ns,
         t.expert_ns[each],
@@ -167,7 +166,7 @@ def look_ahead(s: State, w: Wire, c: Config, t: Times, rules: Rules, index: int,
     s.ahead[0] = wire.backlog_ns(w, t, NEVER)
     for d in range(1, c.lookahead + 1):
         s.ahead[d] = wire.backlog_ns(w, t, index + d)
-        s.window[d] = stalled + t.plain_ns * d
+        s.window[d] = stalled + t.plain_ns * d if c.copy_stream else 0
     if n[ACTIVE]:
         decide.issue_prefetches(s, c, rules, index, layer, t.load_ns, t.full_ns, t.max_submitted)
     else:

@@ -381,7 +381,7 @@ def reclaim(s: State, c: Config, rules: Rules, index: int) -> None:
                 layer = group if c.groups > 1 else 0
                 victim = find_victim(s, c, rules, Now(index, s.layer_visits[layer], n[ACCESSES]), group)
                 if victim < 0:
-                    return
+                    break
                 slot = evict(s, c, group, victim)
                 s.displaced[n[DISPLACED]] = slot
                 n[DISPLACED] += 1
@@ -604,15 +604,26 @@ def start_early(s: State, c: Config, x: int, slot: int, evicted: int, target: in
     n[PREFETCHES] += 1
 
 
-def missing(s: State, c: Config, layer: int, routed: int) -> int:
-    """Routed experts that have no slot, no load on its way and find no free slot."""
+def missing(s: State, c: Config, layer: int, routed: int) -> tuple[int, int]:
+    """Routed experts with no slot and no load on its way: how many would need a victim, and how many find a free slot.
+
+    Claimed prefetches take free slots too, in router order.
+    """
     base = layer * c.experts
+    free = s.free_count[group_of(c, layer)]
     count = 0
+    filling = 0
     for i in range(routed):
         x = base + s.routed[i]
-        if s.slot_of[x] < 0 and s.early[x] == 0:
+        if s.slot_of[x] >= 0:
+            continue
+        if free > 0:
+            free -= 1
+            if s.early[x] == 0:
+                filling += 1
+        elif s.early[x] == 0:
             count += 1
-    return max(0, count - s.free_count[group_of(c, layer)])
+    return count, filling
 
 
 def loads_for(rules: Rules, misses: Misses) -> int:

@@ -1,11 +1,13 @@
-"""Never worse: the planner replays on_demand in its head, and prefetches only while that is not ahead.
+"""Never worse: the planner replays on_demand in its head, and prefetches while that is not ahead by more than a budget.
 
 Beside the run's own state a shadow is kept: the same visits, the same total slots, no prefetching. While the run rests,
 it is on_demand: landing slots are lent to the caches, and guesses are looked at in one pass of ``probe`` only. A trial
 begins when guesses have proved worth issuing, and when what it may cost fits the budget: two tokens and 0.4 per cent
 of the time so far. What it costs to begin and to end is known: the lent slots' experts must be loaded again. A trial
 ends when it has lost that and a share of one token's time (the credit) against the shadow, or once it has paid back,
-the credit alone. Each failure makes the next rest four times as long, each gain shorter again.
+the credit alone. Each failure makes the next rest four times as long, each gain shorter again. Looking at guesses
+while resting is paid from the same budget. What the policy plans longer than on_demand on every visit, resting or not,
+is left out of the comparison.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ def end_pass(s: State, c: Config, decode: bool, shadow_now: int, load_ns: int, h
             n[BALANCE] = 0
             n[ENTRY] = entry
             return
-    n[LOOKING] = 1 if n[PASSES] < LEARN or n[REST] == 0 or n[PASSES] % c.probe == 0 else 0
+    probes = n[ACCOUNT] > -budget and (n[REST] == 0 or n[PASSES] % c.probe == 0)
+    n[LOOKING] = 1 if n[PASSES] < LEARN or probes else 0
 
 
 def watch_trial(s: State, gain_ns: int, credit: int, budget: int) -> None:

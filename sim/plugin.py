@@ -92,7 +92,8 @@ class LinkView(NamedTuple):
         load_ns: one whole load on an idle link.
         chunk_ns: one full chunk.
         max_submitted: chunks that a demand load may have to wait for.
-        window_ns: expected time until the target visit's routing is known, without stalls but this visit's own.
+        window_ns: expected time until the target visit's routing is known, without stalls but this visit's own; 0 where
+            no copy runs beside compute.
     """
 
     backlog_ns: int
@@ -108,7 +109,7 @@ class Misses(NamedTuple):
 
     Attributes:
         number: how many have neither a copy on its way nor a free slot.
-        loads: copies that are demanded already (free slots are always filled).
+        loads: copies that are demanded anyway, because they find a free slot.
         backlog_ns: until the link is through with demand loads queued before.
         load_ns: one whole load on an idle link.
         compute_ns: one of them on the device, once it is there.

@@ -176,6 +176,10 @@ class Options:
             raise SpecError(f"lookahead is {self.lookahead}; it must be at least 1")
         if self.whole_layer and self.copy_stream:
             raise SpecError(f"{self.policy.name} copies whole layers beside no compute; leave copy_stream=0 as it is")
+        if self.whole_layer and hasattr(self.miss_rule.module, "loads"):
+            raise SpecError(
+                f"{self.policy.name} loads whole layers, so miss={self.miss} has nothing to say; leave it out"
+            )
 
     @property
     def prefetches(self) -> bool:

@@ -52,6 +52,7 @@ def test_parse(text: str, spec: Spec) -> None:
         ("on_demand:stream_slots=0", "must be at least 1"),
         ("on_demand:chunk_bytes=-5000", "must be at least -4096"),
         ("naive:copy_stream=1", "copies whole layers"),
+        ("naive:miss=cpu", "leave it out"),
         ("on_demand:max_submitted=0", "must be at least 1"),
         ("on_demand:write_back=maybe", "must be 0 or 1"),
     ],

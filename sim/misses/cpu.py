@@ -1,4 +1,4 @@
-"""The host computes every miss from its own copy; nothing is loaded once all slots are filled."""
+"""The host computes every miss from its own copy; no demand load is issued once all slots are filled."""
 
 from __future__ import annotations
 

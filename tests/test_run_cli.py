@@ -68,6 +68,7 @@ BOUND_KEYS = {
     "demand_only_s",
     "perfect_lookahead_s",
     "perfect_lookahead_belady_s",
+    "zero_overhead_s",
 }
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,7 +226,7 @@ def record(case: Case) -> dict[str, Any]:
         "key": key(case),
         "schema": SCHEMA,
         "version": version(run),
-        "trace": case.trace,
+        "trace": Path(case.trace).name,
         "trace_sha256": case.trace_sha256,
         "machine_sha256": _sha256(case.machine),
         "model_sha256": _sha256(case.model),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from traces import Guesses
+from traces.trace import merged
 
 NUM_GUESSES = 4
 
@@ -69,3 +70,11 @@ def ranked(scores: npt.NDArray[np.float16]) -> list[Guesses]:
     order = np.argsort(-scores, axis=-1, kind="stable")[:, :NUM_GUESSES]
     best = np.take_along_axis(scores, order, axis=-1)
     return [Guesses(ids, values) for ids, values in zip(order.tolist(), best.tolist(), strict=True)]
+
+
+def merged_guesses(scores: npt.NDArray[np.float16]) -> list[Guesses]:
+    """The guesses of a visit from the scores of its tokens [T, D, E]: of several, P(any token is routed there)."""
+    tokens = [ranked(rows) for rows in scores]
+    if len(tokens) == 1:
+        return tokens[0]
+    return [merged([t[d].experts for t in tokens], [t[d].scores for t in tokens]) for d in range(scores.shape[1])]

@@ -41,6 +41,12 @@ class Recorder:
         self._passes.append((tokens, phase))
         self._lengths[-1] += tokens
 
+    def drop_pass(self) -> None:
+        """Forget a pass that did not end."""
+        tokens, _ = self._passes.pop()
+        self._lengths[-1] -= tokens
+        del self._visits[len(self._passes) * self._model.num_layers :]
+
     def visit(
         self,
         ids: torch.Tensor,

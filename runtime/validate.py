@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 import traces
 from runtime import calibrate, models, prompts, provenance
 from runtime.copier import CopierError
-from runtime.engine import Engine, check_options, paced
+from runtime.engine import Engine, paced
+from runtime.executor import check_options
 from runtime.observe import EngineTimeline
 from runtime.store import HostStore
 from runtime.verdict import average, first_divergence, judge, recheck, replayed

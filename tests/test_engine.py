@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch", reason="the engine needs the runtime extra"
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
 from runtime import corpus, models, train  # noqa: E402 (after the check above)
-from runtime.engine import Engine, check_options  # noqa: E402
+from runtime.engine import Engine  # noqa: E402
+from runtime.executor import check_options  # noqa: E402
 from runtime.prompts import BUILT_IN  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.record import UNPACED, record  # noqa: E402

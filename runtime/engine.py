@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from runtime import models
-from runtime.executor import Executor
+from runtime.executor import Executor, gates_of
 from runtime.store import HostStore
 from sim.machine import HardwareProfile
 from sim.spec import Options
@@ -58,6 +58,7 @@ class Engine(Executor):
                 slots=slots,
                 options=options,
                 machine=machine,
+                gates=gates_of(self.model, spec, options, record or 0),
                 record=record,
                 record_logits=record_logits,
                 record_all=record_all,
@@ -83,14 +84,12 @@ class Engine(Executor):
         if not prompt:
             raise ValueError("the prompt has no tokens; give it at least one")
         generator = torch.Generator().manual_seed(seed)
-        if self.recorder:
-            self.recorder.start_sequence(domain)
         cache = None
         ids = prompt
         context = 0
         for _ in range(max_new_tokens):
             phase = DECODE if context else PREFILL
-            self.begin_pass(phase, len(ids), context, starts_sequence=not context)
+            self.begin_pass(phase, len(ids), context, domain=domain)
             out = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             token = choose(out.logits[0, -1], temperature, generator)

@@ -150,7 +150,7 @@ class Recording:
         self._handles = [b.router.register_forward_hook(hook(layer)) for layer, b in enumerate(blocks)]
 
     def window(self, domain: str, tokens: int) -> None:
-        self.recorder.start_sequence(domain)
+        self.recorder.start_sequences(1, domain)
         self.recorder.start_pass(tokens, DECODE)
 
     def trace(self) -> Trace:

@@ -50,6 +50,7 @@ class Executor:
         slots: cache slots per layer.
         options: policy, cache rule and run options.
         machine: its link is the pace of the copier; its times advance the planner's virtual link clock.
+        gates: what guesses (`gates_of`); None where nothing looks ahead.
         record: keep the routing, with guesses up to this distance; None records nothing.
         record_logits: keep router logits too.
         record_all: record the guesses of every visit, not only of those at which the planner looks.
@@ -72,6 +73,7 @@ class Executor:
         slots: int,
         options: Options,
         machine: HardwareProfile,
+        gates: RouterGates | None,
         record: int | None = None,
         record_logits: bool = False,
         record_all: bool = True,
@@ -90,9 +92,8 @@ class Executor:
         self.timeline: EngineTimeline | None = None
         self.store = store
         blocks = models.moe_blocks(model)
-        routers = [b.router.weight.detach() for b in blocks]
-        reach = min(max(options.lookahead, record or 0), spec.num_layers - 1)
-        self.gates = RouterGates(routers, spec.top_k, reach) if reach else None
+        self.gates = gates
+        reach = gates.lookahead if gates else 0
         self.recorder = Recorder(spec, reach, record_logits) if record is not None else None
         self._record_all = bool(record) and record_all
         act = blocks[0].block.experts.act_fn
@@ -104,7 +105,7 @@ class Executor:
         self.pool = SlotPool(self.planner.num_slots, store.expert_bytes)
         self.experts = SlotExperts(self.pool, store.layout, act)
         link = machine.link
-        self._copier = Copier(
+        self.copier = Copier(
             store,
             self.pool,
             bytes_per_s=link.h2d_gb_s * 1e9,
@@ -125,8 +126,10 @@ class Executor:
 
     # --- passes -----------------------------------------------------------------------------------------------
 
-    def begin_pass(self, phase: int, tokens: int, context: int, *, starts_sequence: bool = False) -> None:
+    def begin_pass(self, phase: int, tokens: int, context: int, batch: int = 1, domain: str = "") -> None:
         """A forward pass of ``tokens`` begins, after ``context`` tokens in the KV caches (both over all sequences).
+
+        With ``context`` 0 it starts ``batch`` sequences, of the kind of text ``domain``.
 
         Raises:
             CopierError: closed, or the copier has ended.
@@ -137,10 +140,12 @@ class Executor:
             self._abandon()
         self._open = True
         self._phase, self._tokens, self._context = phase, tokens, context
-        self._starts_sequence = self._starts_sequence or starts_sequence
-        self._busy_before = self._copier.stats().busy_ns
+        self._starts_sequence = self._starts_sequence or not context
+        self._busy_before = self.copier.stats().busy_ns
         self._mark = self._pass_start = time.monotonic_ns()
         if self.recorder:
+            if not context:
+                self.recorder.start_sequences(batch, domain)
             self.recorder.start_pass(tokens, phase)
         if self.timeline:
             self.timeline.begin_pass(self._mark)
@@ -159,7 +164,7 @@ class Executor:
         counts.passes += 1
         counts.tokens += self._tokens
         counts.elapsed_ns += elapsed
-        counts.link_busy_ns += min(elapsed, self._copier.stats().busy_ns - self._busy_before)
+        counts.link_busy_ns += min(elapsed, self.copier.stats().busy_ns - self._busy_before)
         if self._phase == PREFILL:
             self.ledger.ttft_ns.append(elapsed)
         else:
@@ -169,25 +174,30 @@ class Executor:
 
     def _abandon(self) -> None:
         """Forget a pass that did not end: what it had on the link is let in, then every slot counts as empty."""
-        self._copier.drain()
-        self._copier.arrived()
+        self.copier.drain()
+        self.copier.arrived()
         self._there.clear()
         self.planner = self._kind(self.spec, self.options, self.slots, self.timing)
         self._index = 0
         if self.recorder:
             self.recorder.drop_pass()
 
-    def finish(self) -> Ledger:
-        """Wait for the link, count what was copied in vain, and return the ledger."""
-        self._copier.drain()
+    def settle(self) -> Ledger:
+        """Wait for the link, count what was copied in vain so far, and return the ledger."""
+        self.copier.drain()
         counts = self.ledger.phases
         used = sum((c.demand_loads + c.prefetch_used) for c in counts) * self.store.expert_bytes
-        stats = self._copier.stats()
+        stats = self.copier.stats()
         counts[DECODE].wasted_bytes = max(0, stats.demand_bytes + stats.prefetch_bytes - used)
         for c in counts:
             c.h2d_bytes = (c.demand_loads + c.prefetch_used) * self.store.expert_bytes + c.wasted_bytes
+        return self.ledger
+
+    def finish(self) -> Ledger:
+        """`settle`, and the timeline's end."""
+        self.settle()
         if self.timeline:
-            self.timeline.end(counts[DECODE].wasted_bytes)
+            self.timeline.end(self.ledger.phases[DECODE].wasted_bytes)
         return self.ledger
 
     # --- one visit --------------------------------------------------------------------------------------------
@@ -257,7 +267,7 @@ class Executor:
         for load in plan.retract:
             self._there.pop(load.number, None)
         at_once = plan.demand + plan.stream[: self.options.stream_slots]
-        self._copier.apply(
+        self.copier.apply(
             [load.number for load in plan.retract],
             list(waiting.values()),
             [self._request(load) for load in at_once],
@@ -275,16 +285,16 @@ class Executor:
         if not loads and not write_back:
             return start
         if write_back:
-            self._copier.apply(write_back=write_back)
-            self._copier.drain()
+            self.copier.apply(write_back=write_back)
+            self.copier.drain()
             if self.timeline:
                 self.timeline.written_back(start, time.monotonic_ns())
         if loads:
-            self._copier.apply(demand=[self._request(load) for load in loads])
+            self.copier.apply(demand=[self._request(load) for load in loads])
             if self.timeline:
                 self.timeline.issued(loads, time.monotonic_ns())
-            self._copier.drain()
-            for arrival in self._copier.arrived():
+            self.copier.drain()
+            for arrival in self.copier.arrived():
                 if self.timeline:
                     self.timeline.arrived(arrival.load, arrival.end_ns)
         end = time.monotonic_ns()
@@ -299,7 +309,7 @@ class Executor:
             self.timeline.arrived(arrival.load, arrival.end_ns)
 
     def _collect(self) -> None:
-        for arrival in self._copier.arrived():
+        for arrival in self.copier.arrived():
             self._arrived(arrival)
 
     def _compute(
@@ -363,7 +373,7 @@ class Executor:
             at = compute(expert, at)
             if loads[expert].kind == STREAM and queued:
                 load = queued.popleft()
-                self._copier.apply(demand=[self._request(load)])
+                self.copier.apply(demand=[self._request(load)])
                 waiting[load.expert] = load.number
                 if self.timeline:
                     self.timeline.issued([load], at)
@@ -387,7 +397,7 @@ class Executor:
             CopierError: none in ``PATIENCE_S``, or the copier has ended; with who waits for what.
         """
         try:
-            return self._copier.wait(PATIENCE_S)
+            return self.copier.wait(PATIENCE_S)
         except CopierError as error:
             wanted = ", ".join(f"expert {e} (load {n})" for e, n in waiting.items())
             behind = ", ".join(f"expert {load.expert}" for load in queued) or "nothing"
@@ -402,7 +412,7 @@ class Executor:
     def close(self) -> None:
         """End the copier and let go of the slots; a second call does nothing."""
         self._closed = True
-        self._copier.close()
+        self.copier.close()
         self.experts.close()
 
     def __enter__(self) -> Self:
@@ -410,6 +420,16 @@ class Executor:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def gates_of(model: torch.nn.Module, spec: ModelSpec, options: Options, record: int = 0) -> RouterGates | None:
+    """Gates as far ahead as the policy looks, or ``record`` if that is farther; None where nobody looks.
+
+    Made before the executor: it needs the routers only.
+    """
+    reach = min(max(options.lookahead, record), spec.num_layers - 1)
+    routers = [found.router.weight.detach() for found in models.moe_blocks(model)]
+    return RouterGates(routers, spec.top_k, reach) if reach else None
 
 
 def planner_class(options: Options) -> type[Planner]:

@@ -27,24 +27,25 @@ class Recorder:
         self._lookahead = lookahead
         self._with_logits = with_logits
         self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None, npt.NDArray[Any]]] = []
-        self._passes: list[tuple[int, int]] = []
-        self._lengths: list[int] = []
+        self._passes: list[tuple[int, int]] = []  # tokens, phase
+        self._rows: list[npt.NDArray[np.int32]] = []  # of each pass: the sequence of every token
+        self._batch: list[int] = []
         self._domains: list[str] = []
 
-    def start_sequence(self, domain: str = "") -> None:
-        """All following passes belong to a new sequence."""
-        self._lengths.append(0)
-        self._domains.append(domain)
+    def start_sequences(self, count: int = 1, domain: str = "") -> None:
+        """All following passes belong to ``count`` new sequences that run together."""
+        self._batch = list(range(len(self._domains), len(self._domains) + count))
+        self._domains += [domain] * count
 
     def start_pass(self, tokens: int, phase: int) -> None:
-        """The next ``num_layers`` visits belong to a pass of ``tokens``."""
+        """The next ``num_layers`` visits belong to a pass of ``tokens``, equally many of each sequence."""
         self._passes.append((tokens, phase))
-        self._lengths[-1] += tokens
+        self._rows.append(np.repeat(np.array(self._batch, np.int32), tokens // len(self._batch)))
 
     def drop_pass(self) -> None:
         """Forget a pass that did not end."""
-        tokens, _ = self._passes.pop()
-        self._lengths[-1] -= tokens
+        self._passes.pop()
+        self._rows.pop()
         del self._visits[len(self._passes) * self._model.num_layers :]
 
     def visit(
@@ -74,16 +75,21 @@ class Recorder:
             return np.concatenate(passes)
 
         phases = [np.full(tokens, phase, np.uint8) for tokens, phase in self._passes]
+        begun, sequence = np.unique(np.concatenate(self._rows), return_inverse=True)  # without those that never ran
+        together = any(rows[0] != rows[-1] for rows in self._rows)
+        domains = tuple(self._domains[i] for i in begun)
         guesses = {predictor: rank(rows(3), min(NUM_GUESSES, self._model.num_experts))} if self._lookahead else {}
         return Trace(
             model=self._model,
             ids=rows(0).astype(id_dtype(self._model.num_experts)),
             weights=rows(1),
-            sequence_lengths=np.asarray(self._lengths, np.int32),
+            sequence_lengths=np.bincount(sequence).astype(np.int32),
             phase=np.concatenate(phases),
             logits=rows(2) if self._visits[0][2] is not None else None,
             guesses=guesses,
             provenance=provenance,
-            domains=tuple(self._domains) if all(self._domains) else (),
+            domains=domains if all(domains) else (),
+            pass_lengths=np.array([tokens for tokens, _ in self._passes], np.int32) if together else None,
+            token_sequence=sequence.astype(np.int32) if together else None,
             routing=routing,
         )

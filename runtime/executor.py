@@ -369,7 +369,7 @@ class Executor:
                     phase.stall_miss_ns += at - start
                 if self.timeline:
                     self.timeline.compute(f"stall {visit.layer}", start, at)
-            del self._there[waiting.pop(expert)]
+            self._take(waiting.pop(expert))
             at = compute(expert, at)
             if loads[expert].kind == STREAM and queued:
                 load = queued.popleft()
@@ -386,6 +386,10 @@ class Executor:
         """Of the experts waited for, the one whose bytes came first; None when none are there yet."""
         there = [(self._there[number], expert) for expert, number in waiting.items() if number in self._there]
         return min(there)[1] if there else None
+
+    def _take(self, number: int) -> None:
+        """A load's bytes are about to be used."""
+        del self._there[number]
 
     def _keep_logits(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
         self._logits = output[0]

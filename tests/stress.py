@@ -131,6 +131,15 @@ class Stops:
         self._thread.join()
 
 
+class Stopped(Stops):
+    """Stops a process for good."""
+
+    def _run(self) -> None:
+        os.kill(self._pid, signal.SIGSTOP)
+        self._ended.wait()
+        os.kill(self._pid, signal.SIGKILL)
+
+
 def runs_here(policy: str) -> bool:
     try:
         executing.check_options(options(policy))
@@ -139,11 +148,13 @@ def runs_here(policy: str) -> bool:
     return True
 
 
+POLICIES = [name for name in (*registry.plugins("policy"), *PRESETS) if runs_here(name)]
+
+
 def cases(draw: random.Random) -> Iterator[str]:
     """Policies with run options, for ever; each round has every policy once."""
-    names = [name for name in (*registry.plugins("policy"), *PRESETS) if runs_here(name)]
     while True:
-        for name in names:
+        for name in POLICIES:
             run = options(name)
             changes = {"max_submitted": draw.randint(1, 3), "stream_slots": draw.randint(1, 2)}
             if run.copy_stream:

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs the runtime extra")
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
-from runtime import corpus, models, train  # noqa: E402 (after the check above)
+from runtime import models  # noqa: E402 (after the check above)
 from runtime.engine import Engine  # noqa: E402
 from runtime.executor import check_options  # noqa: E402
 from runtime.prompts import BUILT_IN  # noqa: E402
@@ -25,6 +25,7 @@ from sim.ledger import LoadLog  # noqa: E402
 from sim.machine import HardwareProfile, LinkProfile  # noqa: E402
 from sim.presets import PRESETS  # noqa: E402
 from sim.spec import SpecError, options  # noqa: E402
+from tiny import tiny_mixtral  # noqa: E402
 
 PROMPT = [5, 17, 3, 99, 42, 7, 250, 11]
 MACHINE = HardwareProfile(
@@ -56,17 +57,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Mixtral with a tokenizer, as a checkpoint directory."""
-    out = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(3)
-    torch.set_num_threads(1)
-    text = ("def add(a, b):\n    return a + b\n\nThe quick brown fox. " * 400).encode()
-    tokenizer = train.train_tokenizer([corpus.split("text", text)], 300)
-    shape = train.config(tokenizer.get_vocab_size(), layers=5, hidden=64, ffn=128, experts=6, top_k=2)
-    shape.initializer_range = 0.2  # random routers that do not all agree
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-    train.save_model(model, tokenizer, out)
-    return out
+    return tiny_mixtral(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

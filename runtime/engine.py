@@ -93,14 +93,14 @@ class Engine:
         self._gates = RouterGates(routers, self.spec.top_k, reach) if reach else None
         self.recorder = Recorder(self.spec, reach, record_logits) if record is not None else None
         self._record_all = bool(record) and record_all
-        act = blocks[0].block.experts.act_fn
+        gated = blocks[0].gated
         for layer, found in enumerate(blocks):
             found.block.experts = OffloadedExperts(self.visit, layer)
             if record_logits:
                 found.router.register_forward_hook(self._keep_logits)
         self._logits: torch.Tensor | None = None
         pool = SlotPool(self.planner.num_slots, self.store.expert_bytes)
-        self._experts = SlotExperts(pool, self.store.layout, act)
+        self._experts = SlotExperts(pool, self.store.layouts, gated)
         link = machine.link
         self._copier = Copier(
             self.store,
@@ -324,7 +324,7 @@ class Engine:
         phase = self.ledger.phases[self._phase]
 
         def compute(expert: int, start: int) -> int:
-            tokens = self._experts.compute(expert, slot_of[expert], hidden, ids, id_rows, out)
+            tokens = self._experts.compute(visit.layer, expert, slot_of[expert], hidden, ids, id_rows, out)
             end = time.monotonic_ns()
             phase.compute_ns += end - start
             if self.spans is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.quantize import ExpertLayout, Workspace, forward, views
+from runtime.family import Gated
+from runtime.quantize import ExpertLayout, ExpertViews, Workspace, forward, views
 from runtime.store import SlotPool
 
 Visited = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,18 +31,25 @@ class SlotExperts:
 
     Args:
         pool: the slots; closed with this.
-        layout: of one slot's bytes.
-        act: the model's activation.
+        layouts: of the experts of each layer.
+        gated: the model's gated activation.
+        dtype: computed in.
     """
 
-    def __init__(self, pool: SlotPool, layout: ExpertLayout, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, pool: SlotPool, layouts: Sequence[ExpertLayout], gated: Gated, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._pool = pool
-        self._views = [views(pool.row(i), layout) for i in range(pool.num_slots)]
-        self._workspace = Workspace(layout)
-        self._act = act
+        self._gated = gated
+        kinds = list(dict.fromkeys(layouts))
+        self._kinds = [kinds.index(layout) for layout in layouts]
+        first = Workspace(kinds[0], dtype, pool.device)
+        self._workspaces = [first, *(Workspace(kind, dtype, pool.device, share=first) for kind in kinds[1:])]
+        self._views: dict[tuple[int, int], ExpertViews] = {}  # by slot and kind
 
     def compute(
         self,
+        layer: int,
         expert: int,
         slot: int,
         hidden: torch.Tensor,
@@ -53,11 +61,20 @@ class SlotExperts:
         lists); returns how many tokens it had.
         """
         if len(id_rows) == 1:
-            out[0, id_rows[0].index(expert)] = forward(self._views[slot], hidden, self._act, self._workspace)[0]
+            out[0, id_rows[0].index(expert)] = self._forward(layer, slot, hidden)[0]
             return 1
         rows, ranks = (ids == expert).nonzero(as_tuple=True)
-        out[rows, ranks] = forward(self._views[slot], hidden[rows], self._act, self._workspace)
+        out[rows, ranks] = self._forward(layer, slot, hidden[rows])
         return len(rows)
+
+    def _forward(self, layer: int, slot: int, x: torch.Tensor) -> torch.Tensor:
+        kind = self._kinds[layer]
+        workspace = self._workspaces[kind]
+        found = self._views.get((slot, kind))
+        if found is None:
+            layout = workspace.layout
+            found = self._views[slot, kind] = views(self._pool.row(slot)[: layout.expert_bytes], layout)
+        return forward(found, x, self._gated, workspace)
 
     def close(self) -> None:
         """Let go of the slots."""

@@ -1,54 +1,46 @@
-"""What the engine needs to know of a transformers model: its MoE blocks, routers and shape."""
+"""Transformers models as the engine takes them: their shape, whole, or with dense weights only."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from runtime import family
+from runtime.checkpoint import Checkpoint, StoreError
+from runtime.dense import QuantizedLinear, fits
+from runtime.family import ModelError
+from runtime.skeleton import MoeBlock, moe_blocks, read_config, skeleton, spec_of_skeleton
 from traces import ModelSpec
 
+__all__ = ["DEMO", "ModelError", "MoeBlock", "load", "load_dense", "moe_blocks", "spec_of", "spec_of_config"]
+
 DEMO = Path(__file__).parent / "demo"
+DENSE_BITS = (16, 4)
 
 
-class ModelError(ValueError):
-    """A model directory or family that cannot be used; one sentence."""
-
-
-@dataclass(frozen=True)
-class MoeBlock:
-    """One MoE block of a loaded model.
-
-    Attributes:
-        block: the module with a router and ``experts``.
-        router: its router; forward gives (logits [T, E], weights [T, K], ids [T, K]).
-    """
-
-    block: torch.nn.Module
-    router: torch.nn.Module
-
-
-def moe_blocks(model: torch.nn.Module) -> list[MoeBlock]:
-    """All MoE blocks in layer order; dense layers are passed over.
+def spec_of(model_dir: Path) -> ModelSpec:
+    """Shape of a checkpoint directory's model, named after the directory; its weights are not read.
 
     Raises:
-        ModelError: there are none.
+        ModelError: not a model directory, or a model without routed experts of a known form.
     """
-    found = []
-    for module in model.modules():
-        router = getattr(module, "gate", None) or getattr(module, "router", None)
-        if isinstance(router, torch.nn.Module) and isinstance(getattr(module, "experts", None), torch.nn.Module):
-            found.append(MoeBlock(module, router))
-    if not found:
-        raise ModelError(f"{type(model).__name__} has no MoE block with a router and experts; name an MoE model")
-    return found
+    return spec_of_config(read_config(model_dir), model_dir.resolve().name)
+
+
+def spec_of_config(config: Any, name: str) -> ModelSpec:
+    """Shape of the model a transformers configuration describes (see `spec_of_skeleton`).
+
+    Raises:
+        ModelError: as `spec_of`.
+    """
+    return spec_of_skeleton(skeleton(config), name)
 
 
 def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a local directory.
+    """Model, experts and all, and tokenizer from a local directory.
 
     Raises:
         ModelError: not a model directory.
@@ -60,35 +52,63 @@ def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.
     return model, AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
 
 
-def spec_of(model_dir: Path) -> ModelSpec:
-    """Shape of a Mixtral checkpoint directory, dense weights counted in 16 bits; named after the directory.
+@torch.no_grad()
+def load_dense(
+    model_dir: Path, dtype: torch.dtype = torch.float32, dense_bits: int = 16, optimize: bool = True
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase | None]:
+    """Model with every weight but the routed experts', read tensor by tensor; and the tokenizer, if there is one.
+
+    The experts' parameters stay on the meta device: replace ``block.experts`` before running the model.
+
+    Args:
+        dtype: of the dense weights; what transformers always keeps in float32 stays so.
+        dense_bits: 16 leaves ``dtype``; 4 quantizes linear layers outside routers, head and embeddings.
+        optimize: as in `runtime.quantize.pack`.
 
     Raises:
-        ModelError: another family, or a config without the fields.
+        ModelError: no model directory, another width, or an incomplete checkpoint.
+        StoreError: weights that cannot be read.
     """
-    try:
-        config = json.loads((model_dir / "config.json").read_text())
-        kind = config["model_type"]
-        if kind != "mixtral":
-            raise ModelError(f"{model_dir.name} is a {kind} model; this version runs mixtral models")
-        hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        attention = 2 * hidden * head_dim * (heads + kv_heads) + hidden * (config["num_local_experts"] + 2)
-        embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        return ModelSpec(
-            name=model_dir.resolve().name,
-            num_layers=layers,
-            num_experts=config["num_local_experts"],
-            top_k=config["num_experts_per_tok"],
-            hidden_size=hidden,
-            expert_size=config["intermediate_size"],
-            attention_bytes=2 * attention,
-            kv_bytes=2 * 2 * kv_heads * head_dim,
-            head_bytes=2 * vocab * hidden,
-            dense_bytes=2 * (embeddings + layers * attention + hidden),
-        )
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{model_dir} holds no usable config.json ({error}); name a model directory") from None
+    if dense_bits not in DENSE_BITS:
+        raise ModelError(f"dense_bits is {dense_bits}; dense weights are kept at 16 or 4 bits")
+    config = read_config(model_dir)
+    model = skeleton(config, dtype)
+    keep = tuple(model._get_dtype_plan(dtype))
+    routers = {id(m) for b in moe_blocks(model) for m in b.router.modules()}
+    kept_16 = {id(model.get_output_embeddings()), *routers}
+    kept_names = family.of(config.model_type).DENSE_16_BIT
+    with Checkpoint(model_dir, model) as checkpoint:
+        for name, stored in checkpoint.dense():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            wide = any(f".{part}." in f".{name}." for part in keep)
+            tensor = stored.to(torch.float32 if wide else dtype)
+            quantized = isinstance(module, torch.nn.Linear) and leaf == "weight" and id(module) not in kept_16
+            quantized = quantized and path.rpartition(".")[2] not in kept_names and fits(tensor)
+            if dense_bits == 4 and quantized:
+                model.set_submodule(path, QuantizedLinear(tensor, module.bias, optimize))
+                continue
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    model.tie_weights()
+    _check_complete(model, model_dir)
+    if (model_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(model_dir, local_files_only=True)
+    return model.eval(), _tokenizer(model_dir)
+
+
+def _check_complete(model: torch.nn.Module, model_dir: Path) -> None:
+    experts = {id(p) for b in moe_blocks(model) for p in b.experts.parameters()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    missing = [name for name, tensor in tensors if tensor.is_meta and id(tensor) not in experts]
+    if missing:
+        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise StoreError(f"{model_dir} holds no tensor for {missing[0]}{more}; the checkpoint is incomplete")
+
+
+def _tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+    if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    return None

@@ -6,16 +6,17 @@ R = ceil(G/V) rows of words of one matrix, n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from runtime.family import Gated
 from traces.vocabulary import GROUP_SIZE, ModelSpec
 
 META_DTYPE = torch.float16
+GROUP_SIZES = (256, 128, 64, 32, 16, 8)  # what is offered where another size is refused
 _SHIFTS = {
     8: (0,),
     4: (4, 0),
@@ -41,28 +42,42 @@ class ExpertLayout:
     expert_size: int
     bits: int
     group_size: int = GROUP_SIZE
+    biases: int = 0
 
     def __post_init__(self) -> None:
-        spec = ModelSpec("expert", 1, 1, 1, self.hidden_size, self.expert_size)
-        spec.expert_bytes(self.bits, self.group_size)
+        widths = (self.hidden_size, self.expert_size)
+        if self.biases not in (0, 2 * self.expert_size + self.hidden_size):
+            raise ValueError(
+                f"an expert of widths {self.hidden_size} and {self.expert_size} has {self.biases} biases; it has none, "
+                "or one for each output of its three matrices"
+            )
+        if self.bits not in (16, *_SHIFTS):
+            ModelSpec("expert", 1, 1, 1, *widths).expert_bytes(self.bits, 1)
+        if self.bits == 16:
+            return
+        if any(width % self.group_size for width in widths):
+            raise ValueError(
+                f"group size {self.group_size} does not divide expert widths {widths[0]} and {widths[1]}; {self._fit()}"
+            )
         if self.bits in (4, 2) and self.groups % self.values:
             raise ValueError(
                 f"one matrix has {self.groups} groups of {self.group_size}; {self.bits}-bit packing needs a multiple "
-                f"of {self.values}: choose another group size"
+                f"of {self.values}: {self._fit()}"
             )
+
+    def _fit(self) -> str:
+        """What to do about a group size that does not fit."""
+        sizes = group_sizes(self.hidden_size, self.expert_size, self.bits)
+        return f"use {' or '.join(map(str, sizes))}" if sizes else "keep these experts at 16 bits"
 
     @classmethod
     def of(cls, spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE) -> ExpertLayout:
         """Layout of ``spec``'s routed experts.
 
         Raises:
-            ValueError: as the class, or experts with biases.
+            ValueError: as the class.
         """
-        if spec.expert_bias:
-            raise ValueError(
-                f"experts of {spec.name} have {spec.expert_bias} biases; only experts without can be packed"
-            )
-        return cls(spec.hidden_size, spec.expert_size, bits, group_size)
+        return cls(spec.hidden_size, spec.expert_size, bits, group_size, spec.expert_bias)
 
     @property
     def groups(self) -> int:
@@ -90,24 +105,40 @@ class ExpertLayout:
         return self.scale_offset + 3 * self.groups * META_DTYPE.itemsize
 
     @cached_property
-    def expert_bytes(self) -> int:
-        """Bytes of the buffer; equals ``ModelSpec.expert_bytes``."""
+    def bias_offset(self) -> int:
+        """First byte of the biases."""
         if self.bits == 16:
             return 3 * self.hidden_size * self.expert_size * torch.bfloat16.itemsize
         return self.zero_offset + 3 * self.groups * META_DTYPE.itemsize
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of the buffer; equals ``ModelSpec.expert_bytes``."""
+        return self.bias_offset + self.biases * torch.bfloat16.itemsize
+
+
+def group_sizes(hidden_size: int, expert_size: int, bits: int) -> list[int]:
+    """The usual group sizes that experts of these widths can be packed with at ``bits``, largest first."""
+    values = len(_SHIFTS[bits]) if bits in (4, 2) else 1
+    return [
+        size
+        for size in GROUP_SIZES
+        if hidden_size % size == expert_size % size == 0 and hidden_size * expert_size // size % values == 0
+    ]
 
 
 class ExpertViews(NamedTuple):
     """Typed views into one expert's buffer; no bytes of their own.
 
     ``codes`` words [3, 1, R, g], ``scale`` and ``zero`` float16 [3, G, 1]. At 16 bits ``codes`` is the weights
-    themselves, bfloat16 [3, H*I], and the other two are empty.
+    themselves, bfloat16 [3, H*I], and the other two are empty. ``biases`` bfloat16 [2I + H], empty without.
     """
 
     layout: ExpertLayout
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
+    biases: torch.Tensor
 
 
 def views(buffer: torch.Tensor, layout: ExpertLayout) -> ExpertViews:
@@ -120,18 +151,24 @@ def views(buffer: torch.Tensor, layout: ExpertLayout) -> ExpertViews:
         raise ValueError(
             f"buffer is {buffer.dtype} {list(buffer.shape)}; this layout needs torch.uint8 [{layout.expert_bytes}]"
         )
+    biases = buffer[layout.bias_offset :].view(torch.bfloat16)
     if layout.bits == 16:
-        weights = buffer.view(torch.bfloat16).view(3, -1)
-        return ExpertViews(layout, weights, weights[:, :0], weights[:, :0])
+        weights = buffer[: layout.bias_offset].view(torch.bfloat16).view(3, -1)
+        return ExpertViews(layout, weights, weights[:, :0], weights[:, :0], biases)
     codes = buffer[: layout.scale_offset].view(layout.word).view(3, 1, layout.rows, layout.group_size)
     scale = buffer[layout.scale_offset : layout.zero_offset].view(META_DTYPE).view(3, layout.groups, 1)
-    zero = buffer[layout.zero_offset :].view(META_DTYPE).view(3, layout.groups, 1)
-    return ExpertViews(layout, codes, scale, zero)
+    zero = buffer[layout.zero_offset : layout.bias_offset].view(META_DTYPE).view(3, layout.groups, 1)
+    return ExpertViews(layout, codes, scale, zero, biases)
 
 
 @torch.no_grad()
 def pack(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layout: ExpertLayout, optimize: bool = True
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    layout: ExpertLayout,
+    optimize: bool = True,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize one expert, matrix by matrix, into a new uint8 buffer [expert_bytes].
 
@@ -139,14 +176,20 @@ def pack(
         gate, up: float [I, H].
         down: float [H, I].
         optimize: run HQQ's solver for the zeros (Badri and Shaji 2023); False rounds to the nearest code.
+        biases: [2I + H], where the layout has them.
 
     Raises:
-        ValueError: a matrix of another shape, or weights whose scale or zero does not fit into float16.
+        ValueError: a matrix or biases of another shape, or weights whose scale or zero does not fit into float16.
     """
     inner, hidden = layout.expert_size, layout.hidden_size
     matrices = {"gate": (gate, (inner, hidden)), "up": (up, (inner, hidden)), "down": (down, (hidden, inner))}
     buffer = torch.empty(layout.expert_bytes, dtype=torch.uint8)
     pieces = views(buffer, layout)
+    if (0 if biases is None else biases.numel()) != layout.biases:
+        found = "no" if biases is None else biases.numel()
+        raise ValueError(f"{found} bias values came with an expert; this layout needs {layout.biases}")
+    if biases is not None:
+        pieces.biases.copy_(biases)
     for i, (name, (matrix, shape)) in enumerate(matrices.items()):
         if matrix.shape != shape:
             raise ValueError(f"{name} has the shape {list(matrix.shape)}; this layout needs {list(shape)}")
@@ -169,23 +212,36 @@ def pack(
 class Workspace:
     """Scratch for the dequantized weights of one expert at a time; one per computing thread.
 
+    Args:
+        layout: of the experts it takes.
+        dtype, device: of the dequantized weights.
+        share: another workspace of the same widths whose weights this one overwrites (layers of other bit widths).
+
     Attributes:
         gate_up: ``dtype`` [2I, H], gate above up.
         down: ``dtype`` [H, I].
     """
 
-    def __init__(self, layout: ExpertLayout, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        share: Workspace | None = None,
+    ) -> None:
         self.layout = layout
-        weights = torch.empty(3, layout.hidden_size * layout.expert_size, dtype=dtype)
+        size = layout.hidden_size * layout.expert_size
+        weights = torch.empty(3, size, dtype=dtype, device=device) if share is None else share._weights
         self.gate_up = weights[:2].view(2 * layout.expert_size, layout.hidden_size)
         self.down = weights[2].view(layout.hidden_size, layout.expert_size)
         self._weights = weights
         if layout.bits == 16:
             return
         self._grouped = weights.view(3, layout.groups, layout.group_size)
-        self._unpacked = torch.empty(3, layout.values, layout.rows, layout.group_size, dtype=layout.word)
+        self._unpacked = torch.empty(3, layout.values, layout.rows, layout.group_size, dtype=layout.word, device=device)
         self._codes = self._unpacked.view(3, layout.values * layout.rows, layout.group_size)[:, : layout.groups]
-        self._shifts = torch.tensor(_SHIFTS[layout.bits], dtype=layout.word).view(1, layout.values, 1, 1)
+        shifts = torch.tensor(_SHIFTS[layout.bits], dtype=layout.word, device=device)
+        self._shifts = shifts.view(1, layout.values, 1, 1)
 
     def fill(self, expert: ExpertViews) -> None:
         """Dequantize: (code - zero) * scale, each step in ``dtype`` as HQQ does, all three matrices at once."""
@@ -216,14 +272,20 @@ def dequantize(
 def forward(
     expert: ExpertViews,
     x: torch.Tensor,
-    act: Callable[[torch.Tensor], torch.Tensor],
+    gated: Gated,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
-    """down(act(gate x) * up x) for x [n, H] -> [n, H], in the workspace's dtype (float32 when none is given).
+    """down(gated(gate x, up x)) for x [n, H] -> [n, H], biases added, in the workspace's dtype (float32 without one).
 
     Call it without autograd: ``workspace`` is overwritten by every call.
     """
-    work = Workspace(expert.layout) if workspace is None else workspace
+    work = Workspace(expert.layout, device=x.device) if workspace is None else workspace
     work.fill(expert)
-    gate, up = torch.nn.functional.linear(x.to(work.down.dtype), work.gate_up).chunk(2, dim=-1)
-    return torch.nn.functional.linear(act(gate) * up, work.down)
+    x = x.to(work.down.dtype)
+    if not expert.layout.biases:
+        gate, up = torch.nn.functional.linear(x, work.gate_up).chunk(2, dim=-1)
+        return torch.nn.functional.linear(gated(gate, up), work.down)
+    inner = 2 * expert.layout.expert_size
+    biases = expert.biases.to(work.down.dtype)
+    gate, up = torch.nn.functional.linear(x, work.gate_up, biases[:inner]).chunk(2, dim=-1)
+    return torch.nn.functional.linear(gated(gate, up), work.down, biases[inner:])

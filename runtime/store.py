@@ -1,244 +1,357 @@
-"""Memory the engine and the copier process both see: every expert of a model (host) and the slots (device=cpu).
-
-A block has no name in any file system, so nothing can be left behind, however the processes end, and its size is
-not held to that of /dev/shm. The copier process inherits the file descriptor.
-"""
+"""All routed experts of a model, packed: built from a checkpoint or a loaded model, in memory or in a file."""
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import re
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from runtime.quantize import ExpertLayout, pack
+from runtime import store_file
+from runtime.checkpoint import Checkpoint, StoreError, identity
+from runtime.family import ExpertWeights
+from runtime.quantize import ExpertLayout, dequantize, pack, views
+from runtime.rows import ALIGNMENT, ExpertRows, SlotPool, aligned, available_memory
+from runtime.skeleton import moe_blocks
 from traces.vocabulary import GROUP_SIZE, ExpertId, ModelSpec
 
-ALIGNMENT = 64  # bytes; a cache line, and enough for every view
+__all__ = ["ALIGNMENT", "ExpertRows", "HostStore", "SlotPool", "StoreError", "check_memory"]
 
-
-class StoreError(ValueError):
-    """A checkpoint the store cannot be built from, or a closed block; one sentence."""
-
-
-class ExpertRows:
-    """``count`` equal expert buffers in one shared block, every page touched once.
-
-    Attributes:
-        fd: file descriptor of the block, -1 once closed.
-        row_bytes: distance between two rows: expert_bytes aligned up to 64.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, count: int, expert_bytes: int) -> None:
-        if count < 1 or expert_bytes < 1:
-            raise ValueError(f"{count} buffers of {expert_bytes} bytes asked for; both must be at least 1")
-        self.count = count
-        self.expert_bytes = expert_bytes
-        self.row_bytes = -(-expert_bytes // ALIGNMENT) * ALIGNMENT
-        self.fd = _anonymous_file(count * self.row_bytes)
-        try:
-            block = np.frombuffer(mmap.mmap(self.fd, count * self.row_bytes), np.uint8)
-            block.fill(0)
-        except BaseException:
-            self.close()
-            raise
-        self._block: torch.Tensor | None = torch.from_numpy(block).view(count, self.row_bytes)
-
-    def row(self, index: int) -> torch.Tensor:
-        """Buffer ``index``: uint8 [expert_bytes], shared, writable, valid as long as anything refers to it."""
-        if self._block is None:
-            raise StoreError(f"buffer {index} was asked for after close(); keep the store open while it is used")
-        if not 0 <= index < self.count:
-            raise IndexError(f"buffer {index} was asked for; there are 0 to {self.count - 1}")
-        return self._block[index, : self.expert_bytes]
-
-    def close(self) -> None:
-        """Let go of the block; its memory is freed when the last tensor on it and the copier process are gone."""
-        self._block = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
-            self.close()
-
-
-class SlotPool(ExpertRows):
-    """``num_slots`` expert-sized buffers on the device (device=cpu: shared memory)."""
-
-    def __init__(self, num_slots: int, expert_bytes: int) -> None:
-        super().__init__(num_slots, expert_bytes)
-
-    @property
-    def num_slots(self) -> int:
-        return self.count
+MEASURED = 16  # experts whose quantization error is measured while a store is built, evenly spread
+WIDTHS = (16, 8, 4, 3, 2)
+Source = Callable[[ExpertId], ExpertWeights]
 
 
 class HostStore(ExpertRows):
-    """All routed experts of a model, packed; row = layer * num_experts + expert."""
+    """All routed experts of a model, packed; row = layer * num_experts + expert.
 
-    def __init__(self, spec: ModelSpec, layout: ExpertLayout) -> None:
-        super().__init__(spec.num_layers * spec.num_experts, layout.expert_bytes)
+    Attributes:
+        layouts: of the experts of each layer; ``expert_bytes`` is the largest of theirs.
+        optimize: quantized by HQQ's solver; False: rounded to the nearest code.
+        quantization_error: relative Frobenius error of a matrix, mean over ``measured_experts`` experts (MEASURED).
+        verified: a mapped store's bytes were hashed and compared; None for one built by this process.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, layouts: Sequence[ExpertLayout], optimize: bool = True, *, fd: int = -1
+    ) -> None:
+        expert_bytes = max(layout.expert_bytes for layout in layouts)
+        super().__init__(spec.num_layers * spec.num_experts, expert_bytes, fd=fd, private=fd >= 0, touch=False)
         self.spec = spec
-        self.layout = layout
+        self.layouts = list(layouts)
+        self.optimize = optimize
+        self.quantization_error = 0.0
+        self.measured_experts = 0
+        self.verified: bool | None = None
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The one layout of all layers.
+
+        Raises:
+            StoreError: layers differ.
+        """
+        if len(set(self.layouts)) > 1:
+            raise StoreError("layers of this store have different bit widths; ask for layouts[layer]")
+        return self.layouts[0]
 
     def index(self, expert: ExpertId) -> int:
         return expert.layer * self.spec.num_experts + expert.expert
+
+    def describe(self) -> str:
+        """One line: widths, way of quantizing, its error, bytes."""
+        bits = sorted({layout.bits for layout in self.layouts}, reverse=True)
+        widths = "/".join(map(str, bits))
+        way = "HQQ solver" if self.optimize else "rounded to nearest"
+        how = "" if bits == [16] else f", groups of {self.layouts[0].group_size}, {way}"
+        checked = {None: "", True: ", sha256 checked", False: ", sha256 not checked (size and header only)"}
+        return (
+            f"{self.count} experts at {widths} bits{how}: {self.count * self.row_bytes / 1e9:.3f} GB, relative weight "
+            f"error {self.quantization_error:.4f} (MEASURED on {self.measured_experts} experts){checked[self.verified]}"
+        )
 
     @classmethod
     def build(
         cls,
         model_dir: str | os.PathLike[str],
         spec: ModelSpec,
-        bits: int,
+        bits: int | Sequence[int],
         *,
         group_size: int = GROUP_SIZE,
         optimize: bool = True,
         progress: bool = True,
+        path: Path | None = None,
+        verify: bool | None = None,
     ) -> HostStore:
         """Read a transformers checkpoint expert by expert and pack each into its row.
 
-        MoE layers are numbered in the checkpoint's own order, dense layers left out. With ``progress``, a bar on
-        standard error once it takes more than two seconds.
+        MoE layers are numbered in the model's own order, dense layers left out.
+
+        Args:
+            bits: of all layers, or one width for each.
+            progress: a bar on standard error once it takes more than two seconds.
+            path: where the store is kept: mapped if it is there, else built there, going on where a killed build
+                stopped, and named when finished. None builds in memory.
+            verify: as in `open`.
 
         Raises:
-            StoreError: no such checkpoint, experts under unknown names, or another shape than ``spec`` says.
+            StoreError: no such checkpoint, experts under unknown names or of another shape than ``spec`` says, a file
+                that is another store, or too little memory.
+            ValueError: a layout that cannot be.
         """
-        store = cls(spec, ExpertLayout.of(spec, bits, group_size))
+        layouts = layouts_of(spec, bits, group_size)
+        with Checkpoint(Path(model_dir)) as checkpoint:
+            checkpoint.check(spec)
+            source = checkpoint.identity() if path is not None else ""
+            if path is not None and path.exists():
+                return cls.open(path, spec, source, bits=bits, group_size=group_size, optimize=optimize, verify=verify)
+            check_memory(spec, layouts)
+            store, log = cls._begin(spec, layouts, optimize, path, source)
+            try:
+                store._fill(checkpoint.expert, log, progress)
+                return store._finish(log, source)
+            except BaseException:
+                store.close()
+                if log:
+                    log.close()
+                raise
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        bits: int | Sequence[int],
+        *,
+        group_size: int = GROUP_SIZE,
+        optimize: bool = True,
+        progress: bool = True,
+        path: Path | None = None,
+        verify: bool | None = None,
+    ) -> HostStore:
+        """The same from a loaded model, whose experts are freed block by block as they are packed.
+
+        Raises:
+            As `build`.
+        """
+        layouts = layouts_of(spec, bits, group_size)
+        blocks = moe_blocks(model)
+        if len(blocks) != spec.num_layers:
+            raise StoreError(f"the model has {len(blocks)} MoE layers, but {spec.name} has {spec.num_layers}")
+        source = identity(model) if path is not None else ""
+        if path is not None and path.exists():
+            store = cls.open(path, spec, source, bits=bits, group_size=group_size, optimize=optimize, verify=verify)
+            for block in blocks:
+                _free(block.experts)
+            return store
+        store, log = cls._begin(spec, layouts, optimize, path, source)
+
+        def expert(which: ExpertId) -> ExpertWeights:
+            if which.expert == 0 and which.layer:
+                _free(blocks[which.layer - 1].experts)
+            return blocks[which.layer].expert(which.expert)
+
         try:
-            with Checkpoint(Path(model_dir)) as checkpoint:
-                checkpoint.check(spec)
-                ids = [ExpertId(layer, e) for layer in range(spec.num_layers) for e in range(spec.num_experts)]
-                for expert in tqdm(
-                    ids, f"{bits}-bit experts", unit="expert", file=sys.stderr, delay=2, disable=not progress
-                ):
-                    store.row(store.index(expert)).copy_(pack(*checkpoint.expert(expert), store.layout, optimize))
+            store._fill(expert, log, progress)
+            _free(blocks[-1].experts)
+            return store._finish(log, source)
         except BaseException:
             store.close()
+            if log:
+                log.close()
             raise
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        spec: ModelSpec,
+        source: str | None = None,
+        *,
+        bits: int | Sequence[int] | None = None,
+        group_size: int | None = None,
+        optimize: bool | None = None,
+        verify: bool | None = None,
+    ) -> HostStore:
+        """Map a finished store.
+
+        Args:
+            source: identity of the model it must be of (`Checkpoint.identity` or `runtime.checkpoint.identity`).
+            bits, group_size, optimize: what it must be, where given.
+            verify: compare the sha256 of all rows (True), or header and size only (False); None hashes up to
+                ``store_file.VERIFY_UP_TO`` bytes.
+
+        Raises:
+            StoreError: not a whole store, a damaged one, or one of another model or quantization.
+        """
+        header = store_file.read_header(path)
+        shape = spec.to_json() | {"name": header.get("spec", {}).get("name")}
+        wanted: dict[str, Any] = {"version": store_file.VERSION, "spec": shape}
+        if source is not None:
+            wanted["source"] = source
+        if bits is not None:
+            wanted["bits"] = widths_of(spec, bits)
+        if group_size is not None:
+            wanted["group_size"] = group_size
+        if optimize is not None:
+            wanted["optimize"] = optimize
+        store_file.check_identity(path, header, wanted)
+        layouts = layouts_of(spec, header["bits"], header["group_size"])
+        largest = max(layout.expert_bytes for layout in layouts)
+        store_file.check_identity(path, header, {"row_bytes": aligned(largest)})
+        fd, verified = store_file.map_rows(path, header, largest, verify)
+        store = cls(spec, layouts, header["optimize"], fd=fd)
+        store.quantization_error, store.measured_experts = header["error"], header["measured"]
+        store.verified = verified
         return store
 
+    @classmethod
+    def _begin(
+        cls, spec: ModelSpec, layouts: list[ExpertLayout], optimize: bool, path: Path | None, source: str
+    ) -> tuple[HostStore, store_file.Progress | None]:
+        if path is None:
+            return cls(spec, layouts, optimize), None
+        largest = max(layout.expert_bytes for layout in layouts)
+        count = spec.num_layers * spec.num_experts
+        log = store_file.Progress(path, _identity(spec, layouts, optimize, source), count, largest, aligned(largest))
+        try:
+            store = cls(spec, layouts, optimize, fd=os.dup(log.rows.fd))
+        except BaseException:
+            log.close()
+            raise
+        return store, log
 
-# On-disk names of one expert's gate, up and down matrices, by family.
-_SEPARATE = tuple(
-    tuple(f"{prefix}.{{}}.{matrix}.weight" for matrix in matrices)
-    for prefix, matrices in (
-        ("block_sparse_moe.experts", ("w1", "w3", "w2")),
-        ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
-    )
-)
-_PACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")  # [E, 2I, H], gate above up; [E, H, I]
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class Checkpoint:
-    """The routed experts in a directory of safetensors files, read one at a time."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self._dir = model_dir
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
-        for path in _weight_files(model_dir):
+    def _fill(self, source: Source, log: store_file.Progress | None, progress: bool) -> None:
+        """Pack every expert that is not done."""
+        target: ExpertRows = log.rows if log else self
+        done = dict(log.done) if log else {}
+        experts = [ExpertId(layer, e) for layer in range(self.spec.num_layers) for e in range(self.spec.num_experts)]
+        sampled = range(0, self.count, -(-self.count // MEASURED))
+        bar = tqdm(experts, "packing", unit="expert", file=sys.stderr, delay=2, disable=not progress)
+        for index, expert in enumerate(bar):
+            if index in done:
+                continue
+            weights = source(expert)
+            layout = self.layouts[expert.layer]
             try:
-                file = self._open.enter_context(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                self._open.close()
-                raise StoreError(f"{path} cannot be read as safetensors ({error}); save the model again") from None
-            self._files |= dict.fromkeys(file.keys(), file)
-        first = (_PACKED[0], *(names[0].format(0) for names in _SEPARATE))
-        self._layers = sorted({int(m[1]) for n in self._files if n.endswith(first) and (m := _LAYER.match(n))})
-        if not self._layers:
-            self._open.close()
-            raise StoreError(f"{model_dir} holds no routed experts under a known name (such as {', '.join(first)})")
-        present = f"model.layers.{self._layers[0]}."
-        self._names = next((s for s, f in zip(_SEPARATE, first[1:], strict=True) if present + f in self._files), None)
+                packed = pack(weights.gate, weights.up, weights.down, layout, self.optimize, weights.biases)
+            except ValueError as error:
+                raise StoreError(f"expert {expert.expert} of MoE layer {expert.layer}: {error}") from None
+            row = target.row(index)
+            row[: len(packed)] = packed
+            row[len(packed) :] = 0
+            done[index] = _error(weights, packed, layout) if index in sampled else None
+            if log:
+                log.finished(index, done[index])
+        errors = [error for error in done.values() if error is not None]
+        self.quantization_error = sum(errors) / len(errors)
+        self.measured_experts = len(errors)
 
-    def __enter__(self) -> Self:
+    def _finish(self, log: store_file.Progress | None, source: str) -> HostStore:
+        """Give the file its header and name, if it is one."""
+        if log:
+            log.publish(
+                _identity(self.spec, self.layouts, self.optimize, source)
+                | {
+                    "count": self.count,
+                    "error": self.quantization_error,
+                    "measured": self.measured_experts,
+                    "sha256": store_file.sha256(log.rows),
+                }
+            )
+            log.close()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.close()
 
-    def check(self, spec: ModelSpec) -> None:
-        """Compare numbers and widths with ``spec``."""
-        found = (len(self._layers), self._num_experts(), *self.expert(ExpertId(0, 0))[0].shape)
-        wanted = (spec.num_layers, spec.num_experts, spec.expert_size, spec.hidden_size)
-        if found != wanted:
-            names = "MoE layers, experts, expert size, hidden size"
-            raise StoreError(
-                f"{self._dir} has {found} ({names}), but model {spec.name} has {wanted}; name its own spec"
-            )
-
-    def _num_experts(self) -> int:
-        prefix = f"model.layers.{self._layers[0]}."
-        if self._names is None:
-            return int(self._slice(prefix + _PACKED[0]).get_shape()[0])
-        count = 0
-        while prefix + self._names[0].format(count) in self._files:
-            count += 1
-        return count
-
-    def expert(self, expert: ExpertId) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate [I, H], up [I, H], down [H, I] in the checkpoint's dtype."""
-        prefix = f"model.layers.{self._layers[expert.layer]}."
-        if self._names is None:
-            gate_up, down = (self._slice(prefix + name)[expert.expert] for name in _PACKED)
-            gate, up = gate_up.chunk(2)
-            return gate, up, down
-        gate, up, down = (self._slice(prefix + name.format(expert.expert))[:] for name in self._names)
-        return gate, up, down
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._files:
-            raise StoreError(f"{self._dir} holds no tensor {name!r}; the checkpoint is incomplete: save it again")
-        return self._files[name].get_slice(name)
+def _identity(spec: ModelSpec, layouts: list[ExpertLayout], optimize: bool, source: str) -> dict[str, Any]:
+    """The header fields that say what a store is of."""
+    return {
+        "version": store_file.VERSION,
+        "spec": spec.to_json(),
+        "source": source,
+        "bits": [layout.bits for layout in layouts],
+        "group_size": layouts[0].group_size,
+        "optimize": optimize,
+        "row_bytes": aligned(max(layout.expert_bytes for layout in layouts)),
+    }
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [model_dir / name for name in names]
-    single = model_dir / "model.safetensors"
-    if not single.is_file():
-        raise StoreError(
-            f"{model_dir} holds neither {single.name} nor {index.name}; name a transformers model directory"
+def widths_of(spec: ModelSpec, bits: int | Sequence[int]) -> list[int]:
+    """Bits of each layer.
+
+    Raises:
+        ValueError: another number of widths than of layers.
+    """
+    widths = [bits] * spec.num_layers if isinstance(bits, int) else list(bits)
+    if len(widths) != spec.num_layers:
+        raise ValueError(
+            f"{len(widths)} bit widths given for {spec.num_layers} MoE layers of {spec.name}; give one each"
         )
-    return [single]
+    return widths
 
 
-def _anonymous_file(size: int) -> int:
-    """File descriptor of ``size`` zero bytes that have no path: memory on Linux, an unlinked file elsewhere."""
-    create: Callable[[str], int] | None = getattr(os, "memfd_create", None)
-    if create is not None:
-        fd = create("experts")
+def layouts_of(spec: ModelSpec, bits: int | Sequence[int], group_size: int = GROUP_SIZE) -> list[ExpertLayout]:
+    """Layout of each layer.
+
+    Raises:
+        ValueError: as `widths_of` and `ExpertLayout`.
+    """
+    widths = widths_of(spec, bits)
+    made = {width: ExpertLayout.of(spec, width, group_size) for width in widths}
+    return [made[width] for width in widths]
+
+
+def check_memory(spec: ModelSpec, layouts: Sequence[ExpertLayout], available: int | None = None) -> None:
+    """Refuse a store that host memory cannot hold, before anything is read.
+
+    Args:
+        available: bytes (default: what the system says; where it says nothing, nothing is refused).
+
+    Raises:
+        StoreError: with the numbers and the largest width that would fit.
+    """
+    available = available_memory() if available is None else available
+    if available is None:
+        return
+
+    def needed(expert_bytes: int) -> int:
+        rows = spec.num_layers * spec.num_experts * aligned(expert_bytes)
+        return rows + 2 * spec.expert_bytes(16) + spec.dense_bytes
+
+    need = needed(max(layout.expert_bytes for layout in layouts))
+    if need <= available:
+        return
+    widest = max(layout.bits for layout in layouts)
+    for bits in WIDTHS:
+        try:
+            smaller = needed(ExpertLayout.of(spec, bits, layouts[0].group_size).expert_bytes)
+        except ValueError:
+            continue
+        if bits < widest and smaller <= available:
+            advice = f"{bits} bits would fit ({smaller / 1e9:.1f} GB)"
+            break
     else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    try:
-        os.ftruncate(fd, size)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+        advice = "no width would fit: use a machine with more memory, or a smaller model"
+    raise StoreError(
+        f"experts of {spec.name} at {widest} bits with dense weights and two experts in work need {need / 1e9:.1f} GB "
+        f"of host memory, and {available / 1e9:.1f} GB are available; {advice}"
+    )
+
+
+def _error(weights: ExpertWeights, packed: torch.Tensor, layout: ExpertLayout) -> float:
+    """Relative Frobenius error of one packed expert, mean over its matrices."""
+    errors = [
+        float((got - given.float()).norm() / given.float().norm().clamp_min(1e-30))
+        for got, given in zip(dequantize(views(packed, layout)), weights[:3], strict=True)
+    ]
+    return sum(errors) / len(errors)
+
+
+def _free(experts: torch.nn.Module) -> None:
+    """Take the memory of a block's experts; their shapes stay."""
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        setattr(experts, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))

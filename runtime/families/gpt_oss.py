@@ -1,0 +1,35 @@
+"""gpt-oss: clamped gating, biases, and checkpoints whose experts are stored as MXFP4."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from runtime.family import Family, Gated
+
+
+class GptOss(Family):
+    MODEL_TYPES = ("gpt_oss",)
+    STORED_AS = ("mxfp4",)
+
+    def gated(self, experts: torch.nn.Module) -> Gated:
+        """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up from both sides."""
+        alpha, limit = experts.alpha, experts.limit
+
+        def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            gate = gate.clamp(max=limit)
+            return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
+
+        return product
+
+    def fused(self, parts: Mapping[str, Any], name: str, expert: int) -> torch.Tensor:
+        """As stored, or decoded from blocks of 32 four-bit floats [rows, H/32, 16] with an exponent each."""
+        if f"{name}_blocks" not in parts:
+            return super().fused(parts, name, expert)
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        here = slice(expert, expert + 1)
+        return convert_moe_packed_tensors(parts[f"{name}_blocks"][here], parts[f"{name}_scales"][here])[0]
+
+
+FAMILY = GptOss()

@@ -237,9 +237,6 @@ class _Worker(threading.Thread):
                     return
                 messages = list(self.inbox)
                 self.inbox.clear()
-            for link in self._links:
-                if link.bytes_per_s is None:  # such chunks end when they are looked at, not when a batch was sent
-                    link.advance(time.monotonic_ns())
             for kind, what in messages:
                 self._obey(kind, what)
             now = time.monotonic_ns()
@@ -260,9 +257,9 @@ class _Worker(threading.Thread):
             body = wire.totals(self._h2d, self._d2h, self._late_chunks, self._worst_late_ns)
             self._out.append((wire.COUNTS, what, time.monotonic_ns(), body))
         else:
-            self._h2d.apply(what)
+            self._h2d.apply(_seen(what, self._h2d))
             if what.write_back:
-                self._d2h.apply(what, write_back=True)
+                self._d2h.apply(_seen(what, self._d2h), write_back=True)
 
     def _rest(self) -> None:
         """Until the next chunk ends or a message comes.
@@ -308,6 +305,11 @@ def _end(worker: _Worker) -> None:
         worker.changed.notify_all()
     if worker.ident is not None:  # None: it was never started
         worker.join()
+
+
+def _seen(batch: Batch, link: Link) -> Batch:
+    """Unpaced copies end when they are looked at, so a batch takes effect now, not when it was sent."""
+    return batch if link.bytes_per_s else batch._replace(sent_ns=time.monotonic_ns())
 
 
 def _took(chunk: Chunk) -> int | None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from runtime import copier_process as wire
 from runtime.copier_process import Batch, Request
 from runtime.store import ExpertRows, SlotPool
 
-__all__ = ["Arrival", "Copier", "CopierError", "CopierStats", "Request"]
+__all__ = ["Arrival", "BaseCopier", "Copier", "CopierError", "CopierStats", "Request"]
 
 _SPIN_NS = 150_000  # sleeping overshoots by about 0.1 ms; the last stretch of a wait is spun instead
 
@@ -58,8 +59,186 @@ class CopierStats:
     worst_late_ns: int
 
 
-class Copier:
-    """One link per direction; at most ``max_submitted`` chunks of each are beyond recall.
+class BaseCopier(ABC):
+    """What every copier promises its caller, and what it keeps account of on the caller's side.
+
+    ``apply`` never waits for a copy. A load arrives when its last byte is in its slot, is told once, and never if it
+    was retracted before it was told.
+    """
+
+    _what = "copier"  # for messages
+    _heeds_events = False
+
+    def __init__(self, store: ExpertRows, slots: SlotPool, writes_back: bool) -> None:
+        if store.expert_bytes != slots.expert_bytes:
+            raise ValueError(
+                f"the store's experts have {store.expert_bytes} bytes, the slots {slots.expert_bytes}; make them equal"
+            )
+        self._num_rows = store.count
+        self._num_slots = slots.num_slots
+        self._writes_back = writes_back
+        self._outstanding: dict[int, None] = {}
+        self._announced: deque[Arrival] = deque()  # the first may still be due in the future
+        self._replies: dict[tuple[int, int], tuple[int, bytes]] = {}  # by kind and token
+        self._queries = 0
+
+    def apply(
+        self,
+        retract: Sequence[int] = (),
+        join: Sequence[int] = (),
+        demand: Sequence[Request] = (),
+        prefetch: Sequence[Request] = (),
+        write_back: Sequence[int] = (),
+    ) -> None:
+        """One plan, reaching the link at one instant; its parts take effect in this order.
+
+        Args:
+            retract: loads whose unsubmitted chunks are dropped; they never arrive.
+            join: prefetches that go to the end of the demand queue, in this order; those fully submitted stay.
+            demand: loads, first in, first out, before any prefetch.
+            prefetch: loads, by nearest target, then highest worth, then lowest number.
+            write_back: slots whose bytes are copied back, in this order.
+
+        Raises:
+            ValueError: a row, slot or load number out of range; nothing is sent.
+            CopierError: the copier has ended.
+        """
+        if not (retract or join or demand or prefetch or write_back):
+            return
+        for request in (*demand, *prefetch):
+            if not 0 <= request.row < self._num_rows or not 0 <= request.slot < self._num_slots:
+                raise ValueError(
+                    f"{request} is out of range; rows are 0 to {self._num_rows - 1}, slots 0 to {self._num_slots - 1}"
+                )
+            if request.load in self._outstanding:
+                raise ValueError(f"load {request.load} is already on its way; give every load its own number")
+            if request.after is not None and not self._heeds_events:
+                raise ValueError(
+                    f"load {request.load} is to wait for an event, which this device has not; leave it out"
+                )
+        for slot in write_back:
+            if not 0 <= slot < self._num_slots:
+                raise ValueError(f"write_back of slot {slot} is out of range; slots are 0 to {self._num_slots - 1}")
+        if write_back and not self._writes_back:
+            raise ValueError("write_back needs a link back; set write_back_bytes_per_s")
+        for load in retract:
+            self._outstanding.pop(load, None)
+        self._outstanding.update(dict.fromkeys(r.load for r in (*demand, *prefetch)))
+        self._deliver(Batch(time.monotonic_ns(), retract, join, demand, prefetch, write_back))
+
+    def arrived(self) -> list[Arrival]:
+        """Loads that have arrived since the last call of this or ``wait``, in order; never blocks.
+
+        Raises:
+            CopierError: the copier has ended.
+        """
+        self._receive(0)
+        now = time.monotonic_ns()
+        arrivals = []
+        while self._announced and self._announced[0].end_ns <= now:
+            arrivals.append(self._pop())
+        return [a for a in arrivals if a is not None]
+
+    def wait(self, timeout_s: float = 30.0) -> Arrival:
+        """The next arrival; blocks until it is there.
+
+        Raises:
+            CopierError: no load is on its way, none arrived within ``timeout_s``, or the copier has ended.
+        """
+        limit_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+        while True:
+            self._receive(0)
+            if self._announced and self._announced[0].end_ns <= limit_ns:
+                _sleep_until(self._announced[0].end_ns)
+                if (arrival := self._pop()) is not None:
+                    return arrival
+                continue
+            if not self._outstanding:
+                raise CopierError("waited for an arrival, but no load is on its way; apply one first")
+            left_s = (limit_ns - time.monotonic_ns()) / 1e9
+            if left_s <= 0:
+                loads = ", ".join(map(str, list(self._outstanding)[:8]))
+                raise CopierError(
+                    f"none of the loads {loads} ({len(self._outstanding)} on their way) arrived within {timeout_s:g} s"
+                    "; give a longer timeout if the link is this slow"
+                )
+            self._receive(left_s)
+
+    def drain(self, timeout_s: float = 60.0) -> None:
+        """Wait until both directions are idle; what arrived is still told by ``arrived``.
+
+        Raises:
+            CopierError: still busy after ``timeout_s``, or the copier has ended.
+        """
+        token = self._query(wire.DRAIN)
+        idle_ns, _ = self._await((wire.IDLE, token), "to finish its queue", timeout_s)
+        _sleep_until(idle_ns)
+
+    def stats(self) -> CopierStats:
+        """Totals so far.
+
+        Raises:
+            CopierError: the copier has ended.
+        """
+        token = self._query(wire.STATS)
+        _, body = self._await((wire.COUNTS, token), "to tell its totals", timeout_s=30)
+        return CopierStats(**json.loads(body))
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the copier, whatever it is doing; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @abstractmethod
+    def _deliver(self, batch: Batch) -> None:
+        """Bring a plan's effects to the link."""
+
+    @abstractmethod
+    def _ask(self, kind: int, token: int) -> None:
+        """Bring a DRAIN or STATS query to the link."""
+
+    @abstractmethod
+    def _receive(self, timeout_s: float) -> None:
+        """``_take`` what the link has sent, waiting up to ``timeout_s`` for the first message."""
+
+    def _take(self, kind: int, number: int, at_ns: int, body: bytes) -> None:
+        """One message of the link: an arrival of load ``number``, or the reply to query ``number``."""
+        if kind == wire.ARRIVAL:
+            self._announced.append(Arrival(number, at_ns))
+        else:
+            self._replies[kind, number] = at_ns, body
+
+    def _pop(self) -> Arrival | None:
+        """The first announced arrival; None if its load was retracted meanwhile."""
+        arrival = self._announced.popleft()
+        if arrival.load not in self._outstanding:
+            return None
+        del self._outstanding[arrival.load]
+        return arrival
+
+    def _query(self, kind: int) -> int:
+        self._queries += 1
+        self._ask(kind, self._queries)
+        return self._queries
+
+    def _await(self, reply: tuple[int, int], purpose: str, timeout_s: float) -> tuple[int, bytes]:
+        """Nanoseconds and body of the reply of this kind and token."""
+        limit_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+        while reply not in self._replies:
+            left_s = (limit_ns - time.monotonic_ns()) / 1e9
+            if left_s <= 0:
+                raise CopierError(f"the {self._what} took longer than {timeout_s:g} s {purpose}; is it stopped?")
+            self._receive(left_s)
+        return self._replies.pop(reply)
+
+
+class Copier(BaseCopier):
+    """One link per direction, in a process of its own; at most ``max_submitted`` chunks of each are beyond recall.
 
     Args:
         store, slots: blocks with buffers of one size.
@@ -74,6 +253,8 @@ class Copier:
         CopierError: the process does not start.
     """
 
+    _what = "copier process"
+
     def __init__(
         self,
         store: ExpertRows,
@@ -85,29 +266,11 @@ class Copier:
         max_submitted: int = 2,
         write_back_bytes_per_s: float | None = None,
     ) -> None:
-        if store.expert_bytes != slots.expert_bytes:
-            raise ValueError(
-                f"the store's experts have {store.expert_bytes} bytes, the slots {slots.expert_bytes}; make them equal"
-            )
+        super().__init__(store, slots, write_back_bytes_per_s is not None)
         if store.fd < 0 or slots.fd < 0:
             raise ValueError("the store or the slots are closed; keep both open while the copier starts")
-        for name, value, least in (
-            ("bytes_per_s", bytes_per_s, 1),
-            ("chunk_bytes", chunk_bytes, 1),
-            ("max_submitted", max_submitted, 1),
-            ("fixed_s", fixed_s, 0),
-            ("write_back_bytes_per_s", 1 if write_back_bytes_per_s is None else write_back_bytes_per_s, 1),
-        ):
-            if not least <= value < 1e18:
-                raise ValueError(f"{name} is {value}; it must be a number from {least} up")
-        self._num_rows = store.count
-        self._num_slots = slots.num_slots
-        self._writes_back = write_back_bytes_per_s is not None
-        self._outstanding: dict[int, None] = {}
-        self._announced: deque[Arrival] = deque()  # by the process; the first may still be due in the future
+        check_figures(bytes_per_s, fixed_s, chunk_bytes, max_submitted, write_back_bytes_per_s)
         self._in = bytearray()
-        self._replies: dict[tuple[int, int], tuple[int, bytes]] = {}  # by kind and token
-        self._queries = 0
         config = {
             "store_fd": store.fd,
             "slots_fd": slots.fd,
@@ -133,136 +296,14 @@ class Copier:
         """Process id of the link."""
         return self._process.pid
 
-    def apply(
-        self,
-        retract: Sequence[int] = (),
-        join: Sequence[int] = (),
-        demand: Sequence[Request] = (),
-        prefetch: Sequence[Request] = (),
-        write_back: Sequence[int] = (),
-    ) -> None:
-        """One plan, reaching the link at one instant; its parts take effect in this order.
-
-        Args:
-            retract: loads whose unsubmitted chunks are dropped; they never arrive.
-            join: prefetches that go to the end of the demand queue, in this order; those fully submitted stay.
-            demand: loads, first in, first out, before any prefetch.
-            prefetch: loads, by nearest target, then highest worth, then lowest number.
-            write_back: slots whose bytes are copied back, in this order.
-
-        Raises:
-            ValueError: a row, slot or load number out of range; nothing is sent.
-            CopierError: the process has ended.
-        """
-        if not (retract or join or demand or prefetch or write_back):
-            return
-        for request in (*demand, *prefetch):
-            if not 0 <= request.row < self._num_rows or not 0 <= request.slot < self._num_slots:
-                raise ValueError(
-                    f"{request} is out of range; rows are 0 to {self._num_rows - 1}, slots 0 to {self._num_slots - 1}"
-                )
-            if request.load in self._outstanding:
-                raise ValueError(f"load {request.load} is already on its way; give every load its own number")
-        for slot in write_back:
-            if not 0 <= slot < self._num_slots:
-                raise ValueError(f"write_back of slot {slot} is out of range; slots are 0 to {self._num_slots - 1}")
-        if write_back and not self._writes_back:
-            raise ValueError("write_back needs a link back; set write_back_bytes_per_s")
-        for load in retract:
-            self._outstanding.pop(load, None)
-        self._outstanding.update(dict.fromkeys(r.load for r in (*demand, *prefetch)))
-        self._send(Batch(time.monotonic_ns(), retract, join, demand, prefetch, write_back).encode())
-
-    def arrived(self) -> list[Arrival]:
-        """Loads that have arrived since the last call of this or ``wait``, in order; never blocks.
-
-        Raises:
-            CopierError: the process has ended.
-        """
-        self._receive(0)
-        now = time.monotonic_ns()
-        arrivals = []
-        while self._announced and self._announced[0].end_ns <= now:
-            arrivals.append(self._pop())
-        return [a for a in arrivals if a is not None]
-
-    def wait(self, timeout_s: float = 30.0) -> Arrival:
-        """The next arrival; blocks until it is there.
-
-        Raises:
-            CopierError: no load is on its way, none arrived within ``timeout_s``, or the process has ended.
-        """
-        limit_ns = time.monotonic_ns() + round(timeout_s * 1e9)
-        while True:
-            self._receive(0)
-            if self._announced and self._announced[0].end_ns <= limit_ns:
-                _sleep_until(self._announced[0].end_ns)
-                if (arrival := self._pop()) is not None:
-                    return arrival
-                continue
-            if not self._outstanding:
-                raise CopierError("waited for an arrival, but no load is on its way; apply one first")
-            left_s = (limit_ns - time.monotonic_ns()) / 1e9
-            if left_s <= 0:
-                loads = ", ".join(map(str, list(self._outstanding)[:8]))
-                raise CopierError(
-                    f"none of the loads {loads} ({len(self._outstanding)} on their way) arrived within {timeout_s:g} s"
-                    "; give a longer timeout if the link is this slow"
-                )
-            self._receive(left_s)
-
-    def drain(self, timeout_s: float = 60.0) -> None:
-        """Wait until both directions are idle; what arrived is still told by ``arrived``.
-
-        Raises:
-            CopierError: still busy after ``timeout_s``, or the process has ended.
-        """
-        token = self._query(wire.DRAIN)
-        idle_ns, _ = self._await((wire.IDLE, token), "to finish its queue", timeout_s)
-        _sleep_until(idle_ns)
-
-    def stats(self) -> CopierStats:
-        """Totals so far.
-
-        Raises:
-            CopierError: the process has ended.
-        """
-        token = self._query(wire.STATS)
-        _, body = self._await((wire.COUNTS, token), "to tell its totals", timeout_s=30)
-        return CopierStats(**json.loads(body))
-
     def close(self) -> None:
-        """End the process, whatever it is doing; a second call does nothing."""
         self._close()
 
-    def __enter__(self) -> Self:
-        return self
+    def _deliver(self, batch: Batch) -> None:
+        self._send(batch.encode())
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _pop(self) -> Arrival | None:
-        """The first announced arrival; None if its load was retracted meanwhile."""
-        arrival = self._announced.popleft()
-        if arrival.load not in self._outstanding:
-            return None
-        del self._outstanding[arrival.load]
-        return arrival
-
-    def _query(self, kind: int) -> int:
-        self._queries += 1
-        self._send(wire.encode_query(kind, self._queries))
-        return self._queries
-
-    def _await(self, reply: tuple[int, int], purpose: str, timeout_s: float) -> tuple[int, bytes]:
-        """Nanoseconds and body of the reply of this kind and token."""
-        limit_ns = time.monotonic_ns() + round(timeout_s * 1e9)
-        while reply not in self._replies:
-            left_s = (limit_ns - time.monotonic_ns()) / 1e9
-            if left_s <= 0:
-                raise CopierError(f"the copier process took longer than {timeout_s:g} s {purpose}; is it stopped?")
-            self._receive(left_s)
-        return self._replies.pop(reply)
+    def _ask(self, kind: int, token: int) -> None:
+        self._send(wire.encode_query(kind, token))
 
     def _send(self, message: bytes) -> None:
         if not self._close.alive:
@@ -273,7 +314,6 @@ class Copier:
             raise self._died() from None
 
     def _receive(self, timeout_s: float) -> None:
-        """Sort in what the process has sent, waiting up to ``timeout_s`` for the first byte."""
         if not self._close.alive:
             raise CopierError("the copier is closed; start another")
         if timeout_s and not select.select([self._socket], [], [], timeout_s)[0]:
@@ -293,10 +333,7 @@ class Copier:
             body = taken + wire.REPLY.size
             if len(self._in) < body + size:
                 break
-            if kind == wire.ARRIVAL:
-                self._announced.append(Arrival(load_or_token, at_ns))
-            else:
-                self._replies[kind, load_or_token] = at_ns, bytes(self._in[body : body + size])
+            self._take(kind, load_or_token, at_ns, bytes(self._in[body : body + size]))
             taken = body + size
         del self._in[:taken]
 
@@ -312,6 +349,25 @@ class Copier:
             f"the copier process ended (exit code {self._process.returncode}) with {len(self._outstanding)} loads on "
             f"their way; start another copier\n{text.decode(errors='replace')}".rstrip()
         )
+
+
+def check_figures(
+    bytes_per_s: float, fixed_s: float, chunk_bytes: int, max_submitted: int, write_back_bytes_per_s: float | None
+) -> None:
+    """Refuse what no link can be.
+
+    Raises:
+        ValueError: a figure out of range.
+    """
+    for name, value, least in (
+        ("bytes_per_s", bytes_per_s, 1),
+        ("chunk_bytes", chunk_bytes, 1),
+        ("max_submitted", max_submitted, 1),
+        ("fixed_s", fixed_s, 0),
+        ("write_back_bytes_per_s", 1 if write_back_bytes_per_s is None else write_back_bytes_per_s, 1),
+    ):
+        if not least <= value < 1e18:
+            raise ValueError(f"{name} is {value}; it must be a number from {least} up")
 
 
 def _start(config: dict[str, int]) -> tuple[socket.socket, subprocess.Popen[bytes]]:

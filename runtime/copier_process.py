@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BATCH, DRAIN, STATS = range(3)  # kinds of message to the process
 READY, ARRIVAL, IDLE, COUNTS = range(4)  # kinds of message from it
@@ -34,7 +34,8 @@ class Request(NamedTuple):
     """One load: copy the expert in store row ``row`` into slot ``slot``.
 
     ``load`` is its running number, unique and growing; ``target`` (index of the visit it is meant for) and ``worth``
-    order prefetches: nearest target first, then highest worth, then lowest number.
+    order prefetches: nearest target first, then highest worth, then lowest number. ``after`` (device=cuda): an event
+    that the copy waits for, of the computation that still reads the slot.
     """
 
     load: int
@@ -42,6 +43,7 @@ class Request(NamedTuple):
     slot: int
     target: int = 0
     worth: float = 0.0
+    after: object = None
 
 
 class Batch(NamedTuple):
@@ -57,7 +59,7 @@ class Batch(NamedTuple):
     def encode(self) -> bytes:
         sizes = map(len, self[1:])
         numbers = (*self.retract, *self.join)
-        requests = b"".join(_REQUEST.pack(*r) for r in chain(self.demand, self.prefetch))
+        requests = b"".join(_REQUEST.pack(*r[:5]) for r in chain(self.demand, self.prefetch))
         slots = struct.pack(f"<{len(self.write_back)}i", *self.write_back)
         head = _HEADER.pack(BATCH, *sizes, self.sent_ns)
         return head + struct.pack(f"<{len(numbers)}q", *numbers) + requests + slots
@@ -88,7 +90,11 @@ def decode(buffer: bytearray) -> tuple[int, Batch] | None:
 
 @dataclass(slots=True)
 class Chunk:
-    """Submitted: bytes ``offset`` to ``offset + size`` of the load's expert, all there by ``end_ns``."""
+    """Submitted: bytes ``offset`` to ``offset + size`` of the load's expert, all there by ``end_ns``.
+
+    ``late`` (links that watch only): it was not copied when it was due, so it ends when it is seen to be copied,
+    ``late_ns`` after that. ``ticket`` is the submitter's own.
+    """
 
     request: Request
     kind: int
@@ -96,6 +102,9 @@ class Chunk:
     size: int
     end_ns: int
     last: bool
+    late: bool = False
+    late_ns: int = 0
+    ticket: Any = None
 
 
 @dataclass(slots=True)
@@ -116,19 +125,25 @@ class Link:
     ceil(size * 1e9 / bytes_per_s) from the end of the one before it, or from the moment it was submitted to an idle
     link. At equal times: chunk ends, then a batch's effects, then submissions. ``submit`` is called once per chunk, in
     order; a chunk it was called with is neither stopped nor overtaken.
+
+    A link that watches copies made elsewhere is given ``took``: nanoseconds that a chunk's copy took, None while it
+    is being made. A chunk then ends when it is due and copied, and pushes back those behind it; ``ended`` is told. With
+    ``bytes_per_s`` None it ends when it is copied.
     """
 
     expert_bytes: int
     chunk_bytes: int
-    bytes_per_s: int
+    bytes_per_s: int | None
     fixed_ns: int
     max_submitted: int
     submit: Callable[[Chunk], None]
+    took: Callable[[Chunk], int | None] | None = None
+    ended: Callable[[Chunk], None] | None = None
     now: int = 0
     busy_ns: int = 0
     chunks: int = 0
     copied_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
-    _submitted: deque[int] = field(default_factory=deque)  # ends of submitted chunks
+    _submitted: deque[Chunk] = field(default_factory=deque)
     _end_ns: int = 0
     _demand: deque[_Load] = field(default_factory=deque)
     _prefetch: list[_Load] = field(default_factory=list)
@@ -154,7 +169,12 @@ class Link:
     @property
     def next_submission_ns(self) -> int | None:
         """When a queued chunk can be submitted; None with nothing queued."""
-        return self._submitted[0] if self._demand or self._prefetch else None
+        return self._submitted[0].end_ns if self._demand or self._prefetch else None
+
+    @property
+    def submitted(self) -> Sequence[Chunk]:
+        """Chunks that have not ended, first in, first out."""
+        return self._submitted
 
     @property
     def idle_from_ns(self) -> int | None:
@@ -162,27 +182,48 @@ class Link:
         return None if self._demand or self._prefetch else self._end_ns
 
     def _end_chunks(self, until_ns: int) -> None:
-        while self._submitted and self._submitted[0] <= until_ns:
-            self.now = self._submitted.popleft()
+        while self._submitted and self._submitted[0].end_ns <= until_ns and self._copied(self._submitted[0], until_ns):
+            chunk = self._submitted.popleft()
+            self.now = chunk.end_ns
+            if self.ended:
+                self.ended(chunk)
             if self.now < until_ns:
                 self._fill()
         self.now = max(self.now, until_ns)
+
+    def _copied(self, chunk: Chunk, now_ns: int) -> bool:
+        """Whether the first chunk, which is due, is copied; moves its end, and all behind it, if it is late."""
+        if self.took is None:
+            return True
+        took_ns = self.took(chunk)
+        if took_ns is None:
+            chunk.late = True
+            return False
+        if chunk.late:
+            chunk.late_ns = now_ns - chunk.end_ns
+            self._end_ns += chunk.late_ns
+            for each in self._submitted:
+                each.end_ns += chunk.late_ns
+        if self.bytes_per_s is None:
+            self.busy_ns += took_ns
+        return True
 
     def _fill(self) -> None:
         while len(self._submitted) < self.max_submitted and (self._demand or self._prefetch):
             queue = self._demand or self._prefetch
             load = queue[0]
             size = min(self.chunk_bytes, self.expert_bytes - load.offset)
-            duration = self.fixed_ns - (-size * 1_000_000_000 // self.bytes_per_s)
+            duration = self.fixed_ns - (-size * 1_000_000_000 // self.bytes_per_s) if self.bytes_per_s else 0
             self._end_ns = max(self._end_ns, self.now) + duration
             last = load.offset + size == self.expert_bytes
             if last:
                 del queue[0]
-            self._submitted.append(self._end_ns)
+            chunk = Chunk(load.request, load.kind, load.offset, size, self._end_ns, last, late=not self.bytes_per_s)
+            self._submitted.append(chunk)
             self.busy_ns += duration
             self.chunks += 1
             self.copied_bytes[load.kind] += size
-            self.submit(Chunk(load.request, load.kind, load.offset, size, self._end_ns, last))
+            self.submit(chunk)
             load.offset += size
 
     def _retract(self, loads: set[int]) -> None:
@@ -198,6 +239,21 @@ class Link:
                     queued.kind = DEMAND
                     self._demand.append(queued)
                     break
+
+
+def totals(h2d: Link, d2h: Link, late_chunks: int, worst_late_ns: int) -> bytes:
+    """Body of a COUNTS reply: ``CopierStats`` as JSON."""
+    values = {
+        "demand_bytes": h2d.copied_bytes[DEMAND],
+        "prefetch_bytes": h2d.copied_bytes[PREFETCH],
+        "write_back_bytes": d2h.copied_bytes[WRITE_BACK],
+        "chunks": h2d.chunks,
+        "busy_ns": h2d.busy_ns,
+        "write_back_busy_ns": d2h.busy_ns,
+        "late_chunks": late_chunks,
+        "worst_late_ns": worst_late_ns,
+    }
+    return json.dumps(values).encode()
 
 
 class Server:
@@ -284,18 +340,7 @@ class Server:
             self._drains.clear()
 
     def _send_counts(self, token: int) -> None:
-        h2d, d2h = self._h2d, self._d2h
-        values = {
-            "demand_bytes": h2d.copied_bytes[DEMAND],
-            "prefetch_bytes": h2d.copied_bytes[PREFETCH],
-            "write_back_bytes": d2h.copied_bytes[WRITE_BACK],
-            "chunks": h2d.chunks,
-            "busy_ns": h2d.busy_ns,
-            "write_back_busy_ns": d2h.busy_ns,
-            "late_chunks": self._late_chunks,
-            "worst_late_ns": self._worst_late_ns,
-        }
-        body = json.dumps(values).encode()
+        body = totals(self._h2d, self._d2h, self._late_chunks, self._worst_late_ns)
         self._out += REPLY.pack(COUNTS, len(body), token, time.monotonic_ns()) + body
 
     def _send(self) -> None:

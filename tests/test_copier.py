@@ -1,4 +1,7 @@
-"""The copier: what it copies in which order (Link, no clock), and the process that does it (loose clocks only)."""
+"""The copier: what it copies in which order (Link, no clock), and those that do it (loose clocks only).
+
+What every copier promises is tested on the process, on the thread with memory for a GPU, and on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,12 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the runtime extra is not installed")
 
-from runtime.copier import Copier, CopierError  # noqa: E402
+from copy_streams import MemoryStream  # noqa: E402
+
+from runtime.copier import CopierError  # noqa: E402
 from runtime.copier_process import Batch, Link, Request, decode  # noqa: E402
+from runtime.cuda_copier import ThreadCopier  # noqa: E402
+from runtime.devices import open_device  # noqa: E402
 from runtime.store import ExpertRows, SlotPool  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -167,28 +174,49 @@ def test_messages_survive_the_wire(numbers, count, rest):
     assert buffer == rest
 
 
-# The process
+# What every copier promises
+
+
+@pytest.fixture(params=["process", "thread", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kind(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return request.param
 
 
 @pytest.fixture
-def memory():
+def memory(kind):
     """A store of 12 experts, each filled with its own pattern, and 6 slots."""
-    with ExpertRows(12, SIZE) as store, SlotPool(6, SIZE) as slots:
+    device = open_device("cuda" if kind == "cuda" else "cpu")
+    with ExpertRows(12, SIZE) as store, device.slots(6, SIZE) as slots, device.hold(store):
         for row in range(12):
             store.row(row).copy_(pattern(row))
         yield store, slots
+
+
+@pytest.fixture
+def started(kind):
+    """Starts a copier of this kind; on its default link an expert takes 10 ms."""
+
+    def start(memory, bytes_per_s=1e6, chunk_bytes=1000, **options):
+        figures = {"bytes_per_s": bytes_per_s, "fixed_s": 0.0, "chunk_bytes": chunk_bytes} | options
+        if kind == "thread":
+            return ThreadCopier(*memory, MemoryStream(), MemoryStream(), **figures)
+        return open_device("cuda" if kind == "cuda" else "cpu").copier(*memory, **figures)
+
+    return start
 
 
 def pattern(row: int) -> torch.Tensor:
     return torch.randint(0, 256, (SIZE,), generator=torch.Generator().manual_seed(row), dtype=torch.uint8)
 
 
-def started(memory, bytes_per_s=1e6, chunk_bytes=1000, **options) -> Copier:
-    """A copier on whose default link an expert takes 10 ms."""
-    return Copier(*memory, bytes_per_s=bytes_per_s, fixed_s=0.0, chunk_bytes=chunk_bytes, **options)
+def holds(slots, slot: int, row: int) -> bool:
+    """Whether the slot has exactly the bytes of the store's row."""
+    return torch.equal(slots.row(slot).cpu(), pattern(row))
 
 
-def test_experts_arrive_whole_and_in_order(memory):
+def test_experts_arrive_whole_and_in_order(memory, started):
     slots = memory[1]
     with started(memory, bytes_per_s=1e5) as copier:
         begun = time.monotonic_ns()
@@ -197,7 +225,7 @@ def test_experts_arrive_whole_and_in_order(memory):
         arrivals = []
         for i in range(6):
             arrivals.append(copier.wait())
-            assert torch.equal(slots.row(i), pattern(11 - i))
+            assert holds(slots, i, 11 - i)
             assert arrivals[i].end_ns <= time.monotonic_ns()
         assert [a.load for a in arrivals] == list(range(6))
         assert arrivals[-1].end_ns - begun >= 600_000_000
@@ -207,18 +235,18 @@ def test_experts_arrive_whole_and_in_order(memory):
         assert (stats.chunks, stats.busy_ns) == (60, 600_000_000)
 
 
-def test_demand_and_joined_prefetches_overtake(memory):
+def test_demand_and_joined_prefetches_overtake(memory, started):
     _, slots = memory
     with started(memory, bytes_per_s=5e4) as copier:
         copier.apply(prefetch=[Request(0, 0, 0, 1), Request(1, 1, 1, 2), Request(2, 2, 2, 3), Request(3, 3, 3, 4)])
         copier.apply(join=[3], demand=[Request(4, 4, 4)])
         assert [copier.wait().load for _ in range(5)] == [3, 4, 0, 1, 2]
-        assert all(torch.equal(slots.row(i), pattern(i)) for i in range(5))
+        assert all(holds(slots, i, i) for i in range(5))
         stats = copier.stats()
         assert (stats.demand_bytes, stats.prefetch_bytes) == (2 * SIZE, 3 * SIZE)
 
 
-def test_a_retracted_loads_slot_ends_with_the_later_loads_bytes(memory):
+def test_a_retracted_loads_slot_ends_with_the_later_loads_bytes(memory, started):
     """Half a retracted expert may be in the slot, or still be submitted, when another is sent there."""
     _, slots = memory
     with started(memory) as copier:
@@ -227,13 +255,13 @@ def test_a_retracted_loads_slot_ends_with_the_later_loads_bytes(memory):
             time.sleep(0.001 * (load % 7))
             copier.apply(retract=[load], demand=[Request(load + 1, (load + 1) % 12, 0)])
             assert copier.wait().load == load + 1
-            assert torch.equal(slots.row(0), pattern((load + 1) % 12))
+            assert holds(slots, 0, (load + 1) % 12)
         copier.drain()
         assert copier.arrived() == []
-        assert torch.equal(slots.row(0), pattern(19 % 12))
+        assert holds(slots, 0, 19 % 12)
 
 
-def test_a_load_retracted_after_its_last_byte_never_arrives_either(memory):
+def test_a_load_retracted_after_its_last_byte_never_arrives_either(memory, started):
     with started(memory, bytes_per_s=1e9) as copier:
         copier.apply(demand=[Request(0, 0, 0), Request(1, 1, 1)])
         copier.drain()
@@ -243,7 +271,7 @@ def test_a_load_retracted_after_its_last_byte_never_arrives_either(memory):
             copier.wait()
 
 
-def test_drain_waits_for_both_directions(memory):
+def test_drain_waits_for_both_directions(memory, started):
     with started(memory, write_back_bytes_per_s=2e5) as copier:
         begun = time.monotonic_ns()
         copier.apply(demand=[Request(0, 0, 0)], write_back=[1, 2])
@@ -255,7 +283,7 @@ def test_drain_waits_for_both_directions(memory):
         copier.drain()
 
 
-def test_a_reader_who_is_slow_does_not_stop_the_link(memory):
+def test_a_reader_who_is_slow_does_not_stop_the_link(memory, started):
     """More arrivals than a socket holds, none read before the end."""
     with started(memory, bytes_per_s=1e12, chunk_bytes=SIZE) as copier:
         for first in range(0, 20_000, 1000):
@@ -264,7 +292,7 @@ def test_a_reader_who_is_slow_does_not_stop_the_link(memory):
         assert [a.load for a in copier.arrived()] == list(range(20_000))
 
 
-def test_misuse_is_refused_before_anything_is_sent(memory):
+def test_misuse_is_refused_before_anything_is_sent(memory, started):
     store = memory[0]
     with started(memory) as copier:
         for wrong in (Request(0, 12, 0), Request(0, 0, 6), Request(0, -1, 0)):
@@ -285,10 +313,10 @@ def test_misuse_is_refused_before_anything_is_sent(memory):
     with pytest.raises(ValueError, match="bytes_per_s is 0"):
         started(memory, bytes_per_s=0)
     with SlotPool(1, SIZE + 1) as other, pytest.raises(ValueError, match="make them equal"):
-        Copier(store, other, bytes_per_s=1, fixed_s=0, chunk_bytes=1)
+        started((store, other))
 
 
-def test_waiting_ends(memory):
+def test_waiting_ends(memory, started):
     with started(memory, bytes_per_s=1000) as copier:
         copier.apply(demand=[Request(7, 0, 0)])
         with pytest.raises(CopierError, match=r"none of the loads 7 .* within 0.1 s"):
@@ -297,7 +325,20 @@ def test_waiting_ends(memory):
             copier.drain(timeout_s=0.1)
 
 
-def test_the_end_of_the_process_reaches_the_caller(memory):
+# The process
+
+
+@pytest.mark.parametrize("kind", ["process"], indirect=True)
+def test_an_event_to_wait_for_is_refused_by_the_process(memory, started):
+    with started(memory) as copier:
+        with pytest.raises(ValueError, match="load 0 is to wait for an event"):
+            copier.apply(demand=[Request(0, 0, 0, after=object())])
+        copier.apply(demand=[Request(0, 0, 0)])
+        assert copier.wait().load == 0
+
+
+@pytest.mark.parametrize("kind", ["process"], indirect=True)
+def test_the_end_of_the_process_reaches_the_caller(memory, started):
     with started(memory, bytes_per_s=1000) as copier:
         copier.apply(demand=[Request(0, 0, 0)])
         os.kill(copier.pid, signal.SIGKILL)
@@ -307,14 +348,16 @@ def test_the_end_of_the_process_reaches_the_caller(memory):
             copier.wait()
 
 
-def test_an_exception_in_the_process_reaches_the_caller_with_its_traceback(memory):
+@pytest.mark.parametrize("kind", ["process"], indirect=True)
+def test_an_exception_in_the_process_reaches_the_caller_with_its_traceback(memory, started):
     with started(memory) as copier:
         copier._send(Batch(0, demand=[Request(0, 10**6, 0)]).encode())  # a row that apply would have refused
         with pytest.raises(CopierError, match="Traceback"):
             copier.drain()
 
 
-def test_close_ends_the_process_in_the_middle_of_its_queue(memory):
+@pytest.mark.parametrize("kind", ["process"], indirect=True)
+def test_close_ends_the_process_in_the_middle_of_its_queue(memory, started):
     copier = started(memory, bytes_per_s=1000)
     copier.apply(demand=[Request(i, i, i) for i in range(6)])
     copier.close()

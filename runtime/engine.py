@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from runtime import models
+from runtime.devices import open_device
 from runtime.executor import Executor, gates_of
 from runtime.store import HostStore
 from sim.machine import HardwareProfile
@@ -54,6 +55,7 @@ class Engine(Executor):
                 self.model,
                 spec,
                 store or self._owned,
+                open_device("cpu"),
                 bits=bits,
                 slots=slots,
                 options=options,

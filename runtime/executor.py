@@ -10,19 +10,21 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from runtime import models
-from runtime.copier import Arrival, Copier, CopierError, Request
+from runtime.copier import Arrival, CopierError, Request
+from runtime.devices import Device, Slots
 from runtime.experts import OffloadedExperts, SlotExperts
 from runtime.lookahead import RouterGates, merged_guesses
 from runtime.observe import EngineTimeline, Spans
 from runtime.recorder import Recorder
-from runtime.store import HostStore, SlotPool
+from runtime.store import HostStore
 from sim.fast_planner import FastPlanner
 from sim.ledger import Ledger
 from sim.machine import HardwareProfile
@@ -45,7 +47,8 @@ class Executor:
     Args:
         model: a transformers MoE model; of its experts only the activation is used.
         spec: its shape.
-        store: its experts, quantized.
+        store: its experts, quantized; it must outlive this.
+        device: where they are computed.
         bits: width of the routed experts, for the planner's clock (of mixed widths the largest).
         slots: cache slots per layer.
         options: policy, cache rule and run options.
@@ -55,19 +58,19 @@ class Executor:
         record_logits: keep router logits too.
         record_all: record the guesses of every visit, not only of those at which the planner looks.
         compiled: decide with compiled functions where the policy prefetches and numba is there (`planner_class`).
+        experts: makes from the slots what computes them, in place of the model's own.
 
     Raises:
         SpecError: inputs that cannot be used.
         CopierError: the copier does not start.
     """
 
-    device = "cpu"
-
     def __init__(
         self,
         model: torch.nn.Module,
         spec: ModelSpec,
         store: HostStore,
+        device: Device,
         *,
         bits: int,
         slots: int,
@@ -78,15 +81,20 @@ class Executor:
         record_logits: bool = False,
         record_all: bool = True,
         compiled: bool = False,
+        experts: Callable[[Slots], SlotExperts] | None = None,
     ) -> None:
         check_options(options)
         self.spec = spec
+        self.device = device
         self.options = options
         self.slots = slots
         self.bits = bits
         self.timing = Timing(machine, spec, bits, options)
         self._kind = planner_class(options) if compiled else Planner
         self.planner = self._kind(spec, options, slots, self.timing)
+        if self._kind is FastPlanner:  # compiling takes seconds: now, not while the first token is waited for
+            first = Visit(0, 0, DECODE, 1, 0, list(range(spec.top_k)), [1] * spec.top_k)
+            self._kind(spec, options, slots, self.timing).plan(first)
         self.ledger = Ledger()
         self.spans: Spans | None = None
         self.timeline: EngineTimeline | None = None
@@ -96,24 +104,35 @@ class Executor:
         reach = gates.lookahead if gates else 0
         self.recorder = Recorder(spec, reach, record_logits) if record is not None else None
         self._record_all = bool(record) and record_all
-        act = blocks[0].block.experts.act_fn
+        self._logits: torch.Tensor | None = None
+        self._ends = ExitStack()
+        try:
+            self.pool = self._ends.enter_context(closing(device.slots(self.planner.num_slots, store.expert_bytes)))
+            if experts is None:
+                dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+                self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype)
+            else:
+                self.experts = experts(self.pool)
+            self._ends.callback(self.experts.close)
+            self._ends.enter_context(device.hold(store))
+            link = machine.link
+            copier = device.copier(
+                store,
+                self.pool,
+                bytes_per_s=link.h2d_gb_s * 1e9,
+                fixed_s=link.h2d_fixed_s,
+                chunk_bytes=options.chunk_size(store.expert_bytes),
+                max_submitted=options.max_submitted,
+                write_back_bytes_per_s=link.d2h_gb_s * 1e9 if options.write_back else None,
+            )
+            self.copier = self._ends.enter_context(closing(copier))
+        except BaseException:
+            self._ends.close()
+            raise
         for layer, found in enumerate(blocks):
             found.block.experts = OffloadedExperts(self.visit, layer)
             if record_logits:
                 found.router.register_forward_hook(self._keep_logits)
-        self._logits: torch.Tensor | None = None
-        self.pool = SlotPool(self.planner.num_slots, store.expert_bytes)
-        self.experts = SlotExperts(self.pool, store.layout, act)
-        link = machine.link
-        self.copier = Copier(
-            store,
-            self.pool,
-            bytes_per_s=link.h2d_gb_s * 1e9,
-            fixed_s=link.h2d_fixed_s,
-            chunk_bytes=options.chunk_size(store.expert_bytes),
-            max_submitted=options.max_submitted,
-            write_back_bytes_per_s=link.d2h_gb_s * 1e9 if options.write_back else None,
-        )
         self._there: dict[int, int] = {}
         self._index = 0
         self._phase, self._tokens, self._context = PREFILL, 0, 0
@@ -245,9 +264,10 @@ class Executor:
             self.timeline.compute(f"attention {visit.layer}", started, known)
             self.timeline.compute(f"plan {visit.layer}", known, planned)
 
-    def _request(self, load: Load) -> Request:
+    def _request(self, load: Load, after: object = None) -> Request:
+        """``after``: what must be done on the device before the slot may be written."""
         row = load.layer * self.spec.num_experts + load.expert
-        return Request(load.number, row, load.slot, load.target, load.worth)
+        return Request(load.number, row, load.slot, load.target, load.worth, after)
 
     def _issue(self, plan: Plan, known: int) -> dict[int, int]:
         """Send the plan's effects to the copier; returns what must be waited for: expert -> load number."""
@@ -328,11 +348,11 @@ class Executor:
         """
         visit = plan.visit
         slot_of = dict(zip(visit.experts, plan.slots, strict=True))
-        out = torch.empty(*ids.shape, hidden.shape[-1])
+        out = torch.empty(*ids.shape, hidden.shape[-1], device=hidden.device)
         phase = self.ledger.phases[self._phase]
 
         def compute(expert: int, start: int) -> int:
-            tokens = self.experts.compute(expert, slot_of[expert], hidden, ids, id_rows, out)
+            tokens = self.experts.compute(visit.layer, expert, slot_of[expert], hidden, ids, id_rows, out)
             end = time.monotonic_ns()
             phase.compute_ns += end - start
             if self.spans is not None:
@@ -373,7 +393,7 @@ class Executor:
             at = compute(expert, at)
             if loads[expert].kind == STREAM and queued:
                 load = queued.popleft()
-                self.copier.apply(demand=[self._request(load)])
+                self.copier.apply(demand=[self._request(load, self.device.mark())])
                 waiting[load.expert] = load.number
                 if self.timeline:
                     self.timeline.issued([load], at)
@@ -416,8 +436,7 @@ class Executor:
     def close(self) -> None:
         """End the copier and let go of the slots; a second call does nothing."""
         self._closed = True
-        self.copier.close()
-        self.experts.close()
+        self._ends.close()
 
     def __enter__(self) -> Self:
         return self

@@ -30,7 +30,7 @@ class SlotExperts:
     """Computes experts from their slots, one at a time.
 
     Args:
-        pool: the slots; closed with this.
+        pool: the slots.
         layouts: of the experts of each layer.
         gated: the model's gated activation.
         dtype: computed in.
@@ -44,7 +44,7 @@ class SlotExperts:
         kinds = list(dict.fromkeys(layouts))
         self._kinds = [kinds.index(layout) for layout in layouts]
         first = Workspace(kinds[0], dtype, pool.device)
-        self._workspaces = [first, *(Workspace(kind, dtype, pool.device, share=first) for kind in kinds[1:])]
+        self.workspaces = [first, *(Workspace(kind, dtype, pool.device, share=first) for kind in kinds[1:])]
         self._views: dict[tuple[int, int], ExpertViews] = {}  # by slot and kind
 
     def compute(
@@ -69,7 +69,7 @@ class SlotExperts:
 
     def _forward(self, layer: int, slot: int, x: torch.Tensor) -> torch.Tensor:
         kind = self._kinds[layer]
-        workspace = self._workspaces[kind]
+        workspace = self.workspaces[kind]
         found = self._views.get((slot, kind))
         if found is None:
             layout = workspace.layout
@@ -77,6 +77,5 @@ class SlotExperts:
         return forward(found, x, self._gated, workspace)
 
     def close(self) -> None:
-        """Let go of the slots."""
+        """Let go of the views."""
         self._views.clear()
-        self._pool.close()

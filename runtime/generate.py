@@ -19,7 +19,7 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from runtime import models, provenance
+from runtime import devices, models, provenance
 from runtime.copier import CopierError
 from runtime.offloading import DTYPES, Offloaded, offload
 from sim.experiment import regime
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         policy=policy,
         vram=args.vram,
         context=args.context or 4096,
+        device=args.device,
         group_size=args.group_size,
         optimize=not args.fast,
         store=args.store,
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise SpecError(
                 f"prompt ({ids.shape[1]} tokens) and --tokens {args.tokens} need more than --context {room}; raise it"
             )
-        print(handle.budget.text(), file=sys.stderr)
+        for line in (handle.executor.store.describe(), handle.budget.text()):
+            print(line, file=sys.stderr)
         ready = time.monotonic()
         streamer = TimedStreamer(tokenizer)
         torch.manual_seed(args.seed)
@@ -118,8 +120,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(args.prompt, end="", flush=True)
         with torch.inference_mode():
             out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                ids.to(handle.executor.device.torch_device),
+                attention_mask=torch.ones_like(ids, device=handle.executor.device.torch_device),
                 max_new_tokens=args.tokens,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
@@ -142,7 +144,7 @@ def figures(handle: Offloaded, times: list[float], start: float, args: argparse.
     counts = handle.executor.ledger.phases[1]
     stats |= {
         "model": handle.executor.spec.name,
-        "device": handle.executor.device,
+        "device": handle.executor.device.name,
         "new_tokens": len(times),
         "ttft_s": times[0] - start if times else None,
         "tpot_s": tpot_s,
@@ -178,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompt", default=PROMPT, help="text to continue, or a user's message where there is a chat template"
     )
     p.add_argument("--tokens", type=int, default=64, metavar="N", help="new tokens, at most (default %(default)s)")
+    p.add_argument("--device", choices=devices.names(), default="cpu", help="where it runs (default %(default)s)")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="of the experts (default 4)")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="weights to a scale (default %(default)s)")
     p.add_argument("--fast", action="store_true", help="round weights to codes without HQQ's solver")

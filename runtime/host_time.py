@@ -137,7 +137,7 @@ def host_us(policy: str, trace: Trace, slots: int) -> dict[str, Any]:
             options=run,
             machine=load_machine(MACHINE),
             gates=gates,
-            experts=NoKernels(),
+            experts=lambda pool: NoKernels(),
             compiled=True,
         ) as executor,
     ):

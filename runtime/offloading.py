@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from runtime import models
-from runtime.budget import Budget, budget
+from runtime.budget import Budget, budget, without_experts
+from runtime.devices import open_device
 from runtime.engine import paced
 from runtime.executor import Executor, gates_of
 from runtime.store import HostStore
@@ -31,11 +32,12 @@ from traces import DECODE, PREFILL
 from traces.vocabulary import GROUP_SIZE
 
 FAST_LINK_GB_S = 10.0  # device=cpu without a stated pace: about what host memory gives, so that waiting is short
+MACHINES = {"cpu": "cpu-2core", "cuda": "rtx3090"}  # profiles for want of a named one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def machine_for(
-    name_or_file: str | None, model_name: str, widths: Sequence[int], link_gb_s: float | None
+    name_or_file: str | None, device: str, model_name: str, widths: Sequence[int], link_gb_s: float | None
 ) -> HardwareProfile:
     """The profile whose times advance the planner's clock, its link at the pace asked for.
 
@@ -46,11 +48,13 @@ def machine_for(
     """
     if link_gb_s is not None and not 1e-4 <= link_gb_s <= 1000:
         raise SpecError(f"link_gb_s is {link_gb_s}; it must be 0.0001 to 1000 GB/s")
-    machine = load_machine(name_or_file or "cpu-2core")
+    machine = load_machine(name_or_file or MACHINES[device])
     laws = machine.operators.get(model_name)
     if laws is not None and not all(str(bits) in laws.expert for bits in widths):
         machine = dataclasses.replace(machine, operators={})
-    return paced(machine, FAST_LINK_GB_S if link_gb_s is None and name_or_file is None else link_gb_s)
+    if link_gb_s is None and device == "cpu" and name_or_file is None:
+        link_gb_s = FAST_LINK_GB_S
+    return paced(machine, link_gb_s)
 
 
 class Offloaded:
@@ -152,6 +156,7 @@ def offload(
     vram: str | int | None = None,
     context: int = 4096,
     batch: int = 1,
+    device: str = "cpu",
     group_size: int = GROUP_SIZE,
     optimize: bool = True,
     store: str | Path | None = None,
@@ -174,12 +179,13 @@ def offload(
         policy: a policy spec, such as ``speculative:lookahead=2``.
         vram: everything of ours on the device must fit in this: ``"12GB"`` or bytes.
         context, batch: tokens and sequences the KV caches are counted for.
+        device: ``cpu`` or ``cuda``: where the dense part and the slots are.
         group_size, optimize: of quantizing; see `runtime.quantize.pack`.
         store: file that keeps the quantized experts; made if it is not there, mapped if it is.
         dtype: of the dense part and of computing, ``float32`` or ``bfloat16`` (a loaded model keeps its own).
         dense_bits: 16, or 4 for linear layers outside router, head and embeddings.
         machine: profile whose times advance the planner's clock; by default one of this kind of device.
-        link_gb_s: pace of the link, GB/s (device=cpu).
+        link_gb_s: pace of the link, GB/s; None is as fast as it goes.
         gates: file of aligned lookahead gates (`runtime.align`).
         record, record_logits: keep the routing (``offload_stats`` and bounds need it not).
 
@@ -192,6 +198,7 @@ def offload(
         ModelError, StoreError, SpecError: what cannot be used; CopierError: the copier does not start.
     """
     run = options(policy)
+    place = open_device(device)
     limit = size_bytes(vram) if isinstance(vram, str) else vram
     owned: HostStore | None = None
     try:
@@ -214,8 +221,10 @@ def offload(
             if dtype not in DTYPES:
                 raise SpecError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
             loaded, tokenizer = models.load_dense(directory, DTYPES[dtype], dense_bits)
+        with without_experts(loaded):
+            loaded.to(place.torch_device)
         widths = [bits] if isinstance(bits, int) else sorted(set(bits))
-        profile = machine_for(machine, spec.name, widths, link_gb_s)
+        profile = machine_for(machine, device, spec.name, widths, link_gb_s)
         predict = gates_of(loaded, spec, run)
         stated = budget(
             loaded,
@@ -232,6 +241,7 @@ def offload(
             loaded,
             spec,
             owned,
+            place,
             bits=max(widths),
             slots=stated.slots,
             options=run,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from runtime import executor as executing
+from runtime.devices import open_device
 from runtime.quantize import ExpertLayout
 from runtime.store import ExpertRows
 from sim import registry
@@ -59,7 +60,6 @@ class Block(torch.nn.Module):
         super().__init__()
         self.gate = torch.nn.Linear(SPEC.hidden_size, SPEC.num_experts, bias=False)
         self.experts = torch.nn.Module()
-        self.experts.act_fn = torch.nn.functional.silu
 
 
 class Gates:
@@ -90,25 +90,20 @@ class Checking:
         self._store = [store.row(i).numpy() for i in range(store.count)]
         self._draw = draw
         self._pause_s = pause_s
-        self._pool = pool
-        self.layer = 0
         self.computed = 0
 
-    def compute(self, expert: int, slot: int, *tokens: object) -> int:
-        mine = self._store[self.layer * SPEC.num_experts + expert]
+    def close(self) -> None:
+        self._slots.clear()
+
+    def compute(self, layer: int, expert: int, slot: int, *tokens: object) -> int:
+        mine = self._store[layer * SPEC.num_experts + expert]
         for moment in ("before", "after"):
             if not np.array_equal(self._slots[slot], mine):
-                raise AssertionError(
-                    f"layer {self.layer}, expert {expert}, slot {slot}: foreign bytes {moment} computing"
-                )
+                raise AssertionError(f"layer {layer}, expert {expert}, slot {slot}: foreign bytes {moment} computing")
             if self._draw.random() < 0.2:
                 time.sleep(self._draw.random() * self._pause_s)
         self.computed += 1
         return 1
-
-    def close(self) -> None:
-        self._slots.clear()
-        self._pool.close()
 
 
 class Stops:
@@ -129,15 +124,6 @@ class Stops:
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
-
-
-class Stopped(Stops):
-    """Stops a process for good."""
-
-    def _run(self) -> None:
-        os.kill(self._pid, signal.SIGSTOP)
-        self._ended.wait()
-        os.kill(self._pid, signal.SIGKILL)
 
 
 def runs_here(policy: str) -> bool:
@@ -175,12 +161,15 @@ def run(policy: str, seed: int, passes: int, pause_s: float, store: Store) -> tu
     model = torch.nn.ModuleList(Block() for _ in range(SPEC.num_layers))
     gates = Gates(rng)
     chosen = options(policy)
+
+    def check(pool: ExpertRows) -> Checking:
+        return Checking(pool, store, draw, pause_s)
+
     with executing.Executor(
-        model, SPEC, store, bits=2, slots=SPEC.top_k, options=chosen, machine=MACHINE,
-        gates=gates if chosen.lookahead else None, compiled=False,
+        model, SPEC, store, open_device("cpu"), bits=2, slots=SPEC.top_k, options=chosen, machine=MACHINE,
+        gates=gates if chosen.lookahead else None, experts=check,
     ) as executor:  # fmt: skip
-        checking = Checking(executor.pool, store, draw, pause_s)
-        executor.experts = checking
+        checking = executor.experts
         stops = Stops(executor.copier.pid, seed, pause_s)
         try:
             context = 0
@@ -193,7 +182,6 @@ def run(policy: str, seed: int, passes: int, pause_s: float, store: Store) -> tu
                 gates.coming = order[..., : SPEC.top_k]
                 executor.begin_pass(phase, tokens, context)
                 for layer in range(SPEC.num_layers):
-                    checking.layer = layer
                     ids = torch.from_numpy(np.ascontiguousarray(gates.coming[:, layer]))
                     executor.visit(layer, torch.zeros(tokens, SPEC.hidden_size), ids, torch.ones(ids.shape))
                 executor.end_pass()

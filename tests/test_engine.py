@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs the runtime extra")
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
+from tiny import tiny_mixtral  # noqa: E402
+
 from runtime import models  # noqa: E402 (after the check above)
 from runtime.engine import Engine  # noqa: E402
 from runtime.executor import check_options  # noqa: E402
@@ -25,7 +27,6 @@ from sim.ledger import LoadLog  # noqa: E402
 from sim.machine import HardwareProfile, LinkProfile  # noqa: E402
 from sim.presets import PRESETS  # noqa: E402
 from sim.spec import SpecError, options  # noqa: E402
-from tiny import tiny_mixtral  # noqa: E402
 
 PROMPT = [5, 17, 3, 99, 42, 7, 250, 11]
 MACHINE = HardwareProfile(

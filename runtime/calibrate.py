@@ -178,33 +178,33 @@ class Calibration:
         host["default"] = host["on_demand"]
         return Operators((fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host)
 
-    def link(self, gb_s: float) -> tuple[float, float]:
-        """Measured decimal GB/s of paced copies in bursts, and seconds from a load's end until a waiter knows of it."""
-        store = next(iter(self.stores.values()))
-        size = store.expert_bytes
-        count = max(8, min(64, round(1.0 * gb_s * 1e9 / size)))
-        chunk = options("on_demand").chunk_size(size)
-        with (
-            SlotPool(4, size) as pool,
-            Copier(store, pool, bytes_per_s=gb_s * 1e9, fixed_s=0.0, chunk_bytes=chunk) as copier,
-        ):
-            rates, waits = [], []
-            for burst in range(3):
-                start = time.monotonic_ns()
-                loads = [Request(burst * count + i, i % store.count, i % 4) for i in range(count)]
-                copier.apply(demand=loads)
-                for _ in loads:
-                    end_ns = copier.wait().end_ns
-                    waits.append((time.monotonic_ns() - end_ns) / 1e9)
-                rates.append(count * size / (end_ns - start))
-            return float(np.median(rates)), trimmed_mean(waits)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for store in self.stores.values():
             store.close()
+
+
+def paced_link(store: HostStore, gb_s: float, seconds: float = 1.0) -> tuple[float, float]:
+    """Measured decimal GB/s of paced copies in bursts, and seconds from a load's end until a waiter knows of it."""
+    size = store.expert_bytes
+    count = max(8, min(64, round(seconds * gb_s * 1e9 / size)))
+    chunk = options("on_demand").chunk_size(size)
+    with (
+        SlotPool(4, size) as pool,
+        Copier(store, pool, bytes_per_s=gb_s * 1e9, fixed_s=0.0, chunk_bytes=chunk) as copier,
+    ):
+        rates, waits = [], []
+        for burst in range(3):
+            start = time.monotonic_ns()
+            loads = [Request(burst * count + i, i % store.count, i % 4) for i in range(count)]
+            copier.apply(demand=loads)
+            for _ in loads:
+                end_ns = copier.wait().end_ns
+                waits.append((time.monotonic_ns() - end_ns) / 1e9)
+            rates.append(count * size / (end_ns - start))
+        return float(np.median(rates)), trimmed_mean(waits)
 
 
 def memory_gb_s() -> float:
@@ -241,7 +241,7 @@ def calibrate(
     others_work = OtherWork()
     with Calibration(model_dir, bits, tokens) as calibration:
         operators = calibration.operators()
-        rate, wait_s = calibration.link(gb_s)
+        rate, wait_s = paced_link(next(iter(calibration.stores.values())), gb_s)
     memory, arithmetic = memory_gb_s(), tflops()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     others = others_work.share()

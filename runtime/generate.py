@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import devices, models, provenance
 from runtime.copier import CopierError
+from runtime.observe import EngineTimeline
 from runtime.offloading import DTYPES, Offloaded, offload
 from sim.experiment import regime
-from sim.run import read_choice
+from sim.run import read_choice, written
 from sim.spec import SpecError
 from traces.cli import Parser
 
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     policy = args.policy or "speculative"
     if "chunk_bytes" in choice and "chunk_bytes" not in policy:
         policy += ("," if ":" in policy else ":") + f"chunk_bytes={choice['chunk_bytes']}"
+    provenance.check_folder("--timeline", args.timeline and Path(args.timeline))
+    provenance.check_folder("--store", args.store)
     if args.tokens < 1:
         raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
     start = time.monotonic()
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer = model.offload_tokenizer
         if tokenizer is None:
             raise ValueError(f"{args.model} holds no tokenizer; add its files")
-        ids = prompt_ids(tokenizer, args.prompt, args.chat)
+        ids = prompt_ids(tokenizer, args.prompt, args.chat).to(handle.executor.device.torch_device)
         room = handle.budget.context
         if ids.shape[1] + args.tokens > room:
             raise SpecError(
@@ -118,15 +121,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.temperature > 0:
             sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         print(args.prompt, end="", flush=True)
-        with torch.inference_mode():
+        with written(args.timeline) as file, torch.inference_mode():
+            if file:
+                handle.executor.timeline = EngineTimeline(file, f"measured: {policy}")
             out = model.generate(
-                ids.to(handle.executor.device.torch_device),
-                attention_mask=torch.ones_like(ids, device=handle.executor.device.torch_device),
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=args.tokens,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
                 **sampling,
             )
+            if file:
+                handle.executor.finish()
+                handle.executor.timeline.timeline.close()
         document = figures(handle, streamer.times, ready, args)
         document["text"] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         document["load_s"] = ready - start
@@ -204,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
         "--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)"
     )
     p.add_argument("--choice", metavar="FILE", help="take policy, bits, slots, chunk_bytes, context from a choice file")
+    p.add_argument("--timeline", metavar="FILE.json.gz", help="write a timeline for Perfetto")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of computing (default %(default)s)")
     return p
 

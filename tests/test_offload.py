@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -224,6 +225,31 @@ def test_bad_input_is_one_sentence(model_dir, store, capsys, monkeypatch, words,
     assert main() == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("runtime.generate")]
     assert len(lines) == 1 and sentence in lines[0]
+
+
+def test_ctrl_c_ends_the_command_and_its_copier(model_dir, store) -> None:
+    """Interrupted while text is written: exit code 130, no traceback, and the copier's process is gone."""
+    command = [sys.executable, "-m", "runtime.generate", "--model", str(model_dir), "--store", str(store), "--fast"]
+    slow = ["--tokens", "4000", "--link-gb-s", "0.002", "--prompt", "def add(", "--policy", "on_demand", "--slots", "2"]
+    with subprocess.Popen([*command, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(9)  # text has begun
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors and b"stopped" in errors
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_widths_may_differ_by_layer(model_dir) -> None:
+    """Slots are as large as the widest expert; outputs do not depend on how many there are."""
+    texts = []
+    for slots in (6, 2):
+        model = offload(model_dir, bits=[8, 4, 4, 3, 2], slots=slots, optimize=False, progress=False)
+        texts.append(continued(model, "greedy"))
+        assert model.offloaded.executor.store.expert_bytes == model.offloaded.executor.spec.expert_bytes(8)
+        model.offload_close()
+    assert torch.equal(*texts)
 
 
 def test_importing_the_package_is_light() -> None:

@@ -342,6 +342,7 @@ def check_memory(spec: ModelSpec, layouts: Sequence[ExpertLayout], available: in
     )
 
 
+@torch.no_grad()
 def _error(weights: ExpertWeights, packed: torch.Tensor, layout: ExpertLayout) -> float:
     """Relative Frobenius error of one packed expert, mean over its matrices."""
     errors = [

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.family import Gated
+from runtime.family import ExpertWeights, Gated
 from traces.vocabulary import GROUP_SIZE, ModelSpec
 
 META_DTYPE = torch.float16
+CHUNK = 1 << 19  # weights quantized at a time
 GROUP_SIZES = (256, 128, 64, 32, 16, 8)  # what is offered where another size is refused
 _SHIFTS = {
     8: (0,),
@@ -161,7 +162,6 @@ def views(buffer: torch.Tensor, layout: ExpertLayout) -> ExpertViews:
     return ExpertViews(layout, codes, scale, zero, biases)
 
 
-@torch.no_grad()
 def pack(
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -170,43 +170,93 @@ def pack(
     optimize: bool = True,
     biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantize one expert, matrix by matrix, into a new uint8 buffer [expert_bytes].
+    """Quantize one expert into a new uint8 buffer [expert_bytes]; arguments and errors as `pack_into`."""
+    buffer = torch.empty(layout.expert_bytes, dtype=torch.uint8)
+    pack_into(buffer, ExpertWeights(gate, up, down, biases), layout, optimize)
+    return buffer
+
+
+@torch.no_grad()
+def pack_into(buffer: torch.Tensor, weights: ExpertWeights, layout: ExpertLayout, optimize: bool = True) -> float:
+    """Quantize one expert, matrix by matrix, into ``buffer`` (uint8 [expert_bytes]).
+
+    A matrix is quantized ``CHUNK`` weights at a time, so that little memory is needed beside it; HQQ's solver decides
+    for each chunk by itself when to stop.
 
     Args:
-        gate, up: float [I, H].
-        down: float [H, I].
+        weights: gate and up [I, H], down [H, I], of any float dtype; biases where the layout has them.
         optimize: run HQQ's solver for the zeros (Badri and Shaji 2023); False rounds to the nearest code.
-        biases: [2I + H], where the layout has them.
+
+    Returns:
+        Relative Frobenius error of a matrix, the mean of the three.
 
     Raises:
         ValueError: a matrix or biases of another shape, or weights whose scale or zero does not fit into float16.
     """
     inner, hidden = layout.expert_size, layout.hidden_size
-    matrices = {"gate": (gate, (inner, hidden)), "up": (up, (inner, hidden)), "down": (down, (hidden, inner))}
-    buffer = torch.empty(layout.expert_bytes, dtype=torch.uint8)
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     pieces = views(buffer, layout)
-    if (0 if biases is None else biases.numel()) != layout.biases:
-        found = "no" if biases is None else biases.numel()
-        raise ValueError(f"{found} bias values came with an expert; this layout needs {layout.biases}")
-    if biases is not None:
-        pieces.biases.copy_(biases)
-    for i, (name, (matrix, shape)) in enumerate(matrices.items()):
+    found = 0 if weights.biases is None else weights.biases.numel()
+    if found != layout.biases:
+        raise ValueError(f"{found or 'no'} bias values came with an expert; this layout needs {layout.biases}")
+    if weights.biases is not None:
+        pieces.biases.copy_(weights.biases)
+    errors = []
+    for i, ((name, shape), matrix) in enumerate(zip(shapes.items(), weights[:3], strict=True)):
         if matrix.shape != shape:
             raise ValueError(f"{name} has the shape {list(matrix.shape)}; this layout needs {list(shape)}")
-        if layout.bits == 16:
-            pieces.codes[i].copy_(matrix.reshape(-1))
-            continue
-        from hqq.core.quantize import Quantizer  # takes over a second to import; only packing needs it
+        errors.append(_pack_matrix(matrix, pieces, i, optimize))
+    return sum(errors) / len(errors)
 
-        codes, meta = Quantizer.quantize(
-            matrix, nbits=layout.bits, group_size=layout.group_size, optimize=optimize, axis=1, device="cpu"
+
+def _pack_matrix(matrix: torch.Tensor, pieces: ExpertViews, i: int, optimize: bool) -> float:
+    """Fill the ``i``-th matrix of ``pieces``; returns its relative error."""
+    layout = pieces.layout
+    squares = torch.zeros(2, dtype=torch.float64)  # of the error, of the weights
+    if layout.bits == 16:
+        for given, kept in zip(matrix.reshape(-1).split(CHUNK), pieces.codes[i].split(CHUNK), strict=True):
+            kept.copy_(given)
+            _add_squares(squares, given.float(), kept.float())
+        return _relative(squares)
+    from hqq.core.quantize import Quantizer  # takes over a second to import; only packing needs it
+
+    codes = torch.empty(layout.groups, layout.group_size, dtype=torch.uint8)
+    step = max(1, CHUNK // layout.group_size)
+    parts = (t.split(step) for t in (matrix.reshape(layout.groups, -1), codes, pieces.scale[i], pieces.zero[i]))
+    for given, code, scale, zero in zip(*parts, strict=True):
+        given = given.float()
+        found, meta = Quantizer.quantize(
+            given,
+            nbits=layout.bits,
+            group_size=layout.group_size,
+            optimize=optimize,
+            axis=1,
+            device="cpu",
+            bitpack=False,
         )
-        pieces.codes[i, 0].copy_(codes)
-        pieces.scale[i].copy_(meta["scale"])
-        pieces.zero[i].copy_(meta["zero"])
-    if not (pieces.scale.isfinite().all() and pieces.zero.isfinite().all()):
-        raise ValueError("a group's scale or zero is not a finite float16; the weights hold NaN, infinity or outliers")
-    return buffer
+        code.copy_(found)
+        scale.copy_(meta["scale"])
+        zero.copy_(meta["zero"])
+        if not (scale.isfinite().all() and zero.isfinite().all()):
+            raise ValueError(
+                "a group's scale or zero is not a finite float16; the weights hold NaN, infinity or outliers"
+            )
+        _add_squares(squares, given, (found - zero.float()).mul_(scale.float()))
+    words = pieces.codes[i, 0]
+    words.zero_()
+    for part, shift in zip(codes.split(layout.rows), _SHIFTS[layout.bits], strict=False):
+        words[: len(part)] |= part.to(layout.word) << shift
+    return _relative(squares)
+
+
+def _add_squares(squares: torch.Tensor, given: torch.Tensor, kept: torch.Tensor) -> None:
+    squares[0] += kept.sub_(given).square_().sum(dtype=torch.float64)
+    squares[1] += given.square().sum(dtype=torch.float64)
+
+
+def _relative(squares: torch.Tensor) -> float:
+    error, norm = squares.tolist()
+    return (error / norm) ** 0.5 if norm else 0.0
 
 
 class Workspace:

@@ -120,6 +120,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> torch.nn.Module
     except (ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(f"no language model can be made of model type {config.model_type} ({reason})") from None
+    model.tie_weights()  # moving parameters to the meta device parted them
     for found in moe_blocks(model):
         experts = found.experts
         if not getattr(experts, "has_gate", False) or getattr(experts, "has_post_expert_norm", False):

@@ -14,14 +14,13 @@ from tqdm import tqdm
 from runtime import store_file
 from runtime.checkpoint import Checkpoint, StoreError, identity
 from runtime.family import ExpertWeights
-from runtime.quantize import ExpertLayout, dequantize, pack, views
+from runtime.quantize import ExpertLayout, pack_into
 from runtime.rows import ALIGNMENT, ExpertRows, SlotPool, aligned, available_memory
 from runtime.skeleton import moe_blocks
 from traces.vocabulary import GROUP_SIZE, ExpertId, ModelSpec
 
 __all__ = ["ALIGNMENT", "ExpertRows", "HostStore", "SlotPool", "StoreError", "check_memory"]
 
-MEASURED = 16  # experts whose quantization error is measured while a store is built, evenly spread
 WIDTHS = (16, 8, 4, 3, 2)
 Source = Callable[[ExpertId], ExpertWeights]
 
@@ -32,7 +31,7 @@ class HostStore(ExpertRows):
     Attributes:
         layouts: of the experts of each layer; ``expert_bytes`` is the largest of theirs.
         optimize: quantized by HQQ's solver; False: rounded to the nearest code.
-        quantization_error: relative Frobenius error of a matrix, mean over ``measured_experts`` experts (MEASURED).
+        quantization_error: relative Frobenius error of a matrix, mean over all experts (MEASURED).
         verified: a mapped store's bytes were hashed and compared; None for one built by this process.
     """
 
@@ -45,7 +44,6 @@ class HostStore(ExpertRows):
         self.layouts = list(layouts)
         self.optimize = optimize
         self.quantization_error = 0.0
-        self.measured_experts = 0
         self.verified: bool | None = None
 
     @property
@@ -71,7 +69,7 @@ class HostStore(ExpertRows):
         checked = {None: "", True: ", sha256 checked", False: ", sha256 not checked (size and header only)"}
         return (
             f"{self.count} experts at {widths} bits{how}: {self.count * self.row_bytes / 1e9:.3f} GB, relative weight "
-            f"error {self.quantization_error:.4f} (MEASURED on {self.measured_experts} experts){checked[self.verified]}"
+            f"error {self.quantization_error:.4f} (MEASURED){checked[self.verified]}"
         )
 
     @classmethod
@@ -205,7 +203,7 @@ class HostStore(ExpertRows):
         store_file.check_identity(path, header, {"row_bytes": aligned(largest)})
         fd, verified = store_file.map_rows(path, header, largest, verify)
         store = cls(spec, layouts, header["optimize"], fd=fd)
-        store.quantization_error, store.measured_experts = header["error"], header["measured"]
+        store.quantization_error = header["error"]
         store.verified = verified
         return store
 
@@ -230,26 +228,21 @@ class HostStore(ExpertRows):
         target: ExpertRows = log.rows if log else self
         done = dict(log.done) if log else {}
         experts = [ExpertId(layer, e) for layer in range(self.spec.num_layers) for e in range(self.spec.num_experts)]
-        sampled = range(0, self.count, -(-self.count // MEASURED))
         bar = tqdm(experts, "packing", unit="expert", file=sys.stderr, delay=2, disable=not progress)
         for index, expert in enumerate(bar):
             if index in done:
                 continue
-            weights = source(expert)
             layout = self.layouts[expert.layer]
-            try:
-                packed = pack(weights.gate, weights.up, weights.down, layout, self.optimize, weights.biases)
-            except ValueError as error:
-                raise StoreError(f"expert {expert.expert} of MoE layer {expert.layer}: {error}") from None
             row = target.row(index)
-            row[: len(packed)] = packed
-            row[len(packed) :] = 0
-            done[index] = _error(weights, packed, layout) if index in sampled else None
+            try:
+                error = pack_into(row[: layout.expert_bytes], source(expert), layout, self.optimize)
+            except ValueError as refusal:
+                raise StoreError(f"expert {expert.expert} of MoE layer {expert.layer}: {refusal}") from None
+            row[layout.expert_bytes :] = 0
+            done[index] = error
             if log:
                 log.finished(index, done[index])
-        errors = [error for error in done.values() if error is not None]
-        self.quantization_error = sum(errors) / len(errors)
-        self.measured_experts = len(errors)
+        self.quantization_error = sum(done.values()) / len(done)
 
     def _finish(self, log: store_file.Progress | None, source: str) -> HostStore:
         """Give the file its header and name, if it is one."""
@@ -259,7 +252,6 @@ class HostStore(ExpertRows):
                 | {
                     "count": self.count,
                     "error": self.quantization_error,
-                    "measured": self.measured_experts,
                     "sha256": store_file.sha256(log.rows),
                 }
             )
@@ -340,15 +332,6 @@ def check_memory(spec: ModelSpec, layouts: Sequence[ExpertLayout], available: in
         f"experts of {spec.name} at {widest} bits with dense weights and two experts in work need {need / 1e9:.1f} GB "
         f"of host memory, and {available / 1e9:.1f} GB are available; {advice}"
     )
-
-
-def _error(weights: ExpertWeights, packed: torch.Tensor, layout: ExpertLayout) -> float:
-    """Relative Frobenius error of one packed expert, mean over its matrices."""
-    errors = [
-        float((got - given.float()).norm() / given.float().norm().clamp_min(1e-30))
-        for got, given in zip(dequantize(views(packed, layout)), weights[:3], strict=True)
-    ]
-    return sum(errors) / len(errors)
 
 
 def _free(experts: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@
     magic     8 bytes, b"EXPERTS1"
 
 While it is built the rows stand in ``NAME.partial`` and ``NAME.progress`` says which are done: a line of JSON with the
-header's identity fields, then a line of JSON for each row: its number, crc32 and relative error (null if not measured).
+header's identity fields, then a line of JSON for each row: its number, crc32 and relative error.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ class Progress:
 
     Attributes:
         partial: the file the rows go into.
-        done: row number -> relative error (None where not measured) of rows found whole.
+        done: row number -> relative error of rows found whole.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], count: int, expert_bytes: int, row_bytes: int) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._log_path = path.with_name(path.name + ".progress")
-        self.done: dict[int, float | None] = {}
+        self.done: dict[int, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         logged = self._logged(identity)
         fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
@@ -118,11 +118,11 @@ class Progress:
         self._log_path.write_text("".join(line + "\n" for line in lines))
         self._log: BinaryIO = self._log_path.open("ab", buffering=0)
 
-    def _logged(self, identity: dict[str, Any]) -> dict[int, tuple[int, float | None]]:
+    def _logged(self, identity: dict[str, Any]) -> dict[int, tuple[int, float]]:
         """Rows an earlier build of the same store logged; a torn last line is passed over."""
         if not (self._log_path.is_file() and self.partial.is_file()):
             return {}
-        found: dict[int, tuple[int, float | None]] = {}
+        found: dict[int, tuple[int, float]] = {}
         first, *lines = self._log_path.read_text(errors="replace").split("\n")
         if first != json.dumps(identity):
             return {}
@@ -131,10 +131,10 @@ class Progress:
             found[index] = crc, error
         return found
 
-    def _line(self, index: int, error: float | None) -> str:
+    def _line(self, index: int, error: float) -> str:
         return json.dumps([index, zlib.crc32(self.rows.row(index).numpy()), error])
 
-    def finished(self, index: int, error: float | None) -> None:
+    def finished(self, index: int, error: float) -> None:
         """Row ``index`` is written."""
         self.done[index] = error
         self._log.write(self._line(index, error).encode() + b"\n")

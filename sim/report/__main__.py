@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from sim import choice as choices
 from sim import results
-from sim.report import again, events, page, validation
+from sim.report import again, events, page, sweep, validation
 from sim.report.page import Section, Timelines
 from sim.run import check_target
 from sim.spec import SpecError
@@ -38,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
         help="of sim.run or runtime.validate (default: the recommendation simulated anew, if its trace is here)",
     )
     p.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help="last tokens of the timeline shown (default %(default)s)"
+        "--tokens",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help="last tokens of the timeline to show (default %(default)s)",
     )
     p.add_argument(
         "--best", default="tpot", metavar="WISH", help="what to recommend, as for sim.sweep (default %(default)s)"
@@ -110,10 +114,12 @@ def timelines(args: argparse.Namespace, found: Found, wanted: choices.Wish) -> T
         else:
             alike = next(iter(choices.groups(found.records).values()), [])
             chosen = choices.choose(alike, wanted)
-            record = chosen.records[chosen.chosen]
+            record = sweep.in_motion(chosen)
             process = again.of_record(record)
             label, text = str(record["evidence"]), f"the first {again.TOKENS} decode tokens of the shipped trace"
-    except again.NotAtHand as error:
+            if record is not chosen.records[chosen.chosen]:
+                text += "; the recommendation loads nothing, so the fastest setting that does is shown"
+    except again.NotHereError as error:
         reason = f"No timeline: {error}. Give one with --timeline; sim.run --timeline writes it."
         return Timelines([], "", reason)
     return Timelines([process.last(args.tokens)], label, f"The last tokens, simulated anew for this page over {text}.")
@@ -149,7 +155,9 @@ def sections(args: argparse.Namespace, found: Found) -> list[Section]:
         if found.document is not None:
             return page.validation_sections(found.document, shown)
         return page.sweep_sections(found.records, wanted, shown)
-    except (KeyError, TypeError) as error:
+    except SpecError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"has no {error}" if isinstance(error, KeyError) else f"has a value of the wrong kind ({error})"
         raise SpecError(
             f"results {args.results}: a result {said}; name a file of sim.sweep or runtime.validate as it was written"

@@ -105,9 +105,8 @@ def _scatter(
         (ax, ay), (bx, by) = at(x0, y0), at(x1, y1)
         parts.append(tag("line", x1=ax, y1=ay, x2=bx, y2=by, class_="diagonal"))
     if steps:
-        path = "M%.1f %.1f" % at(*steps[0])
-        for x, y in steps[1:]:
-            path += "H%.1fV%.1f" % at(x, y)
+        path = "M{:.1f} {:.1f}".format(*at(*steps[0]))
+        path += "".join("H{:.1f}V{:.1f}".format(*at(x, y)) for x, y in steps[1:])
         path += f"H{width - right}"
         parts.append(tag("path", d=path, class_="front-line"))
     for point in points:

@@ -118,12 +118,12 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
         if expert and track == H2D:
             arrivals[expert[1]].append(end)
         elif expert and track.startswith(("cache ", "landing")):
-            residents[expert[1]].append((begin, end))
+            residents[expert[1]].append((begin, end - track.startswith("cache ")))
     for ends in arrivals.values():
         ends.sort()
     used = {a.start_ns for a in arrows}
     process = Process(name, arrows=arrows)
-    known = -1
+    known = planned = -1
     for track, text, category, begin, end in events:
         if track not in TRACKS:
             continue
@@ -135,9 +135,11 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
         elif track == D2H:
             kind = "write_back"
         elif kind == "attention":
-            known = end
+            known = planned = end
+        elif kind == "plan":
+            planned = end
         elif kind == "expert":
-            kind = outcome(EXPERT.match(text), arrivals, residents, known, begin, track)
+            kind = outcome(EXPERT.match(text), arrivals, residents, known, planned, begin, track)
         elif kind == "head":
             process.ends_ns.append(end)
         process.slices.append(Slice(track, text, kind, begin, end))
@@ -146,9 +148,12 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
 
 def outcome(
     found: re.Match[str] | None, arrivals: dict[str, list[int]], residents: dict[str, list[tuple[int, int]]],
-    known: int, begin: int, track: str,
+    known: int, planned: int, begin: int, track: str,
 ) -> str:  # fmt: skip
-    """What an expert was when its routing was known, at ``known``: its bytes there, on the way, or not asked for."""
+    """What an expert was when its routing was known: its bytes there, on the way, or not asked for.
+
+    A prefetch has its place before the routing is known, and keeps it through the plan (in a landing slot, to its end).
+    """
     expert = found[1] if found else ""
     if track == HOST:
         return MISS
@@ -156,5 +161,5 @@ def outcome(
     before = bisect_right(ends, begin)
     if not before or ends[before - 1] <= known:
         return HIT
-    early = any(since < known < until for since, until in residents[expert])
+    early = any(since < known and until >= planned for since, until in residents[expert])
     return LATE if early else MISS

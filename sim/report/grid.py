@@ -49,7 +49,7 @@ def table(
     over = tag("tr", *(tag("th", text, colspan=span, scope="colgroup", class_="group") for text, span in groups))
     heads = (
         tag("th", tag("button", c.head, tag("span", class_="arrow", aria_hidden="true"), type="button"), scope="col",
-            data_key=c.key, aria_sort="none")
+            class_=None if c.form else "text", data_key=c.key, aria_sort="none")
         for c in columns
     )  # fmt: skip
     rows = []

@@ -8,7 +8,7 @@ VOID = frozenset({"meta", "input", "br", "rect", "line", "path", "circle"})  # w
 
 
 class Markup(str):
-    """Text that is markup already; only `tag` and `join` make it."""
+    """Text that is markup already: what `tag` and `join` make, and the page's own style and script."""
 
     __slots__ = ()
 
@@ -66,7 +66,13 @@ def pairs(rows: list[tuple[str, Child]]) -> Markup:
 def plain_table(head: list[str], rows: list[list[Child]]) -> Markup:
     """A small table whose first column names the row."""
     body = (
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows if row
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, class_="text" if isinstance(cell, Markup) else None) for cell in row[1:]),
+        )
+        for row in rows
+        if row
     )
     top = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head)))
     return tag("div", tag("table", top, tag("tbody", *body)), class_="scroll", tabindex=0)

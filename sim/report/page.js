@@ -1,5 +1,6 @@
 "use strict";
 (() => {
+  document.documentElement.classList.add("js"); // without a script no control is shown
   // Tables: sort by a column's button; filter by words and by KEY=VALUE, KEY<VALUE, KEY>VALUE.
   for (const grid of document.querySelectorAll(".grid")) {
     const heads = [...grid.querySelectorAll("th[data-key]")];

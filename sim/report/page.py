@@ -96,6 +96,7 @@ def validation_sections(document: Record, timelines: Timelines) -> list[Section]
     body = join(
         validation.words(document, cells),
         validation.agreement(cells, "v"),
+        validation.front(cells, "v"),
         validation.stalls(cells, "v"),
         tag("h3", "All cells ", badge(validation.both(cells))),
         grid.table("v", validation.columns(cells), cells, {}, None),

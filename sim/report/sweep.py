@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from sim import choice as choices
+from sim import noise
 from sim.choice import Choice, Wish
 from sim.plots._records import fastest, get, policy_name
 from sim.plots.stalls import parts_ms
-from sim.report import charts, grid
+from sim.report import charts
 from sim.report.charts import Bar, Point
 from sim.report.grid import Column
 from sim.report.markup import Child, Markup, badge, figure, join, pairs, plain_table, tag
@@ -82,8 +84,12 @@ def columns(records: list[Record]) -> list[Column]:
         Column("routing", "routing", lambda r: str(r["routing"]), "", "what it is"),
     ]
     varied = sorted({key for r in records for key in r.get("axes") or {}} - {"policy", "bits", "slots"})
-    extra = [Column(key, key, lambda r, k=key: str((r.get("axes") or {}).get(k, "")), "", "varied") for key in varied]
-    return [*found, *extra]
+    return [*found, *(Column(key, key, axis(key), "", "varied") for key in varied)]
+
+
+def axis(key: str) -> Callable[[Record], str]:
+    """What a record has of something that the sweep varied."""
+    return lambda r: str((r.get("axes") or {}).get(key, ""))
 
 
 def words(found: Choice, wanted: Wish) -> Markup:
@@ -115,18 +121,32 @@ def words(found: Choice, wanted: Wish) -> Markup:
             f" No schedule with these slots takes less than {floor * 1e3:.2f} ms (joint floor), so at most "
             f"{(chosen['tpot_s'] / floor - 1) * 100:.0f} % more speed is left to any schedule."
         )
-    alike = found.alike()
-    same = f" The trace cannot tell {len(alike):,} other settings from the fastest." if alike else ""
+    others = len(found.alike())
+    same = f" Settings that cannot be told from the fastest on this trace: {others:,} others." if others else ""
+    if not chosen["h2d_bytes"]:
+        same += " Every expert has a slot there: nothing is loaded, and the policy makes no difference."
     widths = choices.widths(records)
     return join(
         lead,
-        tag("p", why, same, " ", time, " ", badge(own(chosen))),
+        tag("p", why, same, " ", badge(label)),
+        tag("p", time, " ", badge(own(chosen))),
         compared(chosen, records),
-        join(tag("p", widths[0].capitalize(), " ", badge(label)), tag("ul", *(tag("li", w.strip()) for w in widths[1:])))
-        if widths
-        else None,
-        tag("p", "To run it: ", tag("code", command(chosen), class_="command")),
+        by_width(widths, label) if widths else None,
+        tag("p", "To simulate it again: ", tag("code", command(chosen), class_="command")),
     )  # fmt: skip
+
+
+def by_width(lines: list[str], label: str) -> Markup:
+    """The lines of `choice.widths`, as a list under the first."""
+    items = (tag("li", line.strip()) for line in lines[1:])
+    return join(tag("p", lines[0].capitalize(), " ", badge(label)), tag("ul", *items))
+
+
+def in_motion(found: Choice) -> Record:
+    """The setting whose tokens are worth seeing: the recommendation, or the fastest that loads anything."""
+    loading = [r for r in found.records if r["h2d_bytes"]]
+    chosen = found.records[found.chosen]
+    return chosen if chosen["h2d_bytes"] or not loading else fastest(loading)
 
 
 def compared(chosen: Record, records: list[Record]) -> Markup:
@@ -257,6 +277,7 @@ def provenance(records: list[Record]) -> Markup:
     """What the figures depend on, once each."""
     first = records[0]
     changes = ", ".join(first.get("set") or []) or "nothing"
+    versions = sorted({str(r["version"]) for r in records})
     cold = "emptied where a sequence starts" if first["cold_sequences"] else "carried from sequence to sequence"
     return pairs(
         [
@@ -268,7 +289,7 @@ def provenance(records: list[Record]) -> Markup:
             ("context", "the trace's longest sequence" if first["context"] is None else f"{first['context']} tokens"),
             ("caches", cold),
             ("drivers", ", ".join(sorted({str(r["driver"]) for r in records}))),
-            ("code versions (sha256)", join(*(tag("code", v, " ") for v in sorted({str(r["version"]) for r in records})))),
-            ("intervals", f"95 %, paired: {choices.noise.SOURCE_OF_NOISE}"),
+            ("code versions (sha256)", join(*(tag("code", v, " ") for v in versions))),
+            ("intervals", f"95 %, paired: {noise.SOURCE_OF_NOISE}"),
         ]
     )  # fmt: skip

@@ -42,23 +42,22 @@ def timeline(process: Process, number: int) -> Markup:
     rects, marks, arrows = [], [], []
     for one in process.slices:
         text = f"{one.name}: {SAID.get(one.kind, one.kind)}"
-        times = {"data_s": one.start_ns / 1000, "data_e": one.end_ns / 1000, "data_t": text}
         x, width = one.start_ns * scale, max(0.4, (one.end_ns - one.start_ns) * scale)
         rects.append(
             tag("rect", tag("title", text), x=round(x, 2), width=round(width, 2), y=top[one.track], height=LANE,
-                class_=f"s {one.kind}", **times)
+                class_=f"s {one.kind}", data_s=one.start_ns / 1000, data_e=one.end_ns / 1000, data_t=text)
         )  # fmt: skip
         if one.kind in OUTCOMES:
             shape = mark(OUTCOMES[one.kind], 0, 0, f"o {one.kind}", 4)
             place = f"translate({x:.2f} {top['routed'] + LANE / 2:g})"
             title = tag("title", text)
             marks.append(tag("g", title, shape, transform=place, class_="m", data_s=one.start_ns / 1000))
-    y0, y1 = top[H2D] if H2D in top else 0, top[COMPUTE] + LANE
+    y0, y1 = top.get(H2D, 0), top[COMPUTE] + LANE
     for arrow in process.arrows:
         a, b = arrow.start_ns * scale, arrow.end_ns * scale
         path = f"M{a:.2f} {y0}C{a:.2f} {y0 - 16},{b:.2f} {y1 + 16},{b:.2f} {y1}"
-        times = {"data_s": arrow.start_ns / 1000, "data_e": arrow.end_ns / 1000, "data_y": f"{y0} {y1}"}
-        arrows.append(tag("path", d=path, class_="a", **times))
+        begin, end_at = arrow.start_ns / 1000, arrow.end_ns / 1000
+        arrows.append(tag("path", d=path, class_="a", data_s=begin, data_e=end_at, data_y=f"{y0} {y1}"))
     names = [tag("text", LANES[lane], x=2, y=top[lane] - 3, class_="lane") for lane in lanes]
     ends = [
         tag("g", tag("line", x1=0, x2=0, y1=HEAD - 8, y2=height), transform=f"translate({e * scale:.2f} 0)",
@@ -89,7 +88,8 @@ def timeline(process: Process, number: int) -> Markup:
     keys += [tag("li", tag("span", class_="swatch arrow-key"), "from a prefetch to its use")]
     return tag(
         "div", tag("h4", process.name), tag("div", *buttons, class_="controls"), tag("ul", *keys, class_="legend"),
-        svg, tag("p", " ", class_="said", role="status"), tag("p", about, class_="hint", id=f"tl{number}-help"),
+        svg, tag("p", "Nothing selected.", class_="said", role="status"),
+        tag("p", about, class_="hint", id=f"tl{number}-help"),
         class_="timeline",
     )  # fmt: skip
 
@@ -99,8 +99,8 @@ def counted(process: Process) -> str:
     number = {kind: sum(s.kind == kind for s in process.slices if s.start_ns >= 0) for kind in OUTCOMES}
     tokens = len(process.ends_ns)
     return (
-        f"{tokens} token{'s' * (tokens != 1)} in {process.ends_ns[-1] / 1e6:.2f} ms: {number[HIT]} hits, "
-        f"{number[LATE]} late and {number[MISS]} misses, {len(process.arrows)} uses of prefetches."
+        f"{tokens} token{'s' * (tokens != 1)} in {process.ends_ns[-1] / 1e6:.2f} ms; hits {number[HIT]}, late "
+        f"{number[LATE]}, misses {number[MISS]}, prefetches used {len(process.arrows)}."
     )
 
 

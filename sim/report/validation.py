@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sim.plots._records import get
+from sim.plots.front import pareto
 from sim.plots.stalls import parts_ms
 from sim.plots.validation import conditions
 from sim.report import charts
@@ -46,8 +47,8 @@ def words(document: Record, cells: list[Record]) -> Markup:
     for pace, cell in by_link(cells).items():
         link = "on the link as it is" if pace is None else f"over a link of {pace:g} GB/s"
         items.append(
-            tag("li", f"{link}: ", tag("code", cell["policy"]), f", {cell['bits']} bits, {cell['slots']} slots a layer: ",
-                tag("strong", f"{cell['measured']['tokens_per_s']:.2f} tokens/s"))
+            tag("li", f"{link}: ", tag("code", cell["policy"]), f", {cell['bits']} bits, {cell['slots']} slots a ",
+                "layer: ", tag("strong", f"{cell['measured']['tokens_per_s']:.2f} tokens/s"))
         )  # fmt: skip
     errors = sorted(abs(error(c)) * 100 for c in cells)
     middle = (errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2
@@ -63,12 +64,12 @@ def words(document: Record, cells: list[Record]) -> Markup:
         )
     if document.get("kendall_tau") is not None:
         verdict += f" Their orders agree with Kendall's tau-b of {document['kendall_tau']:.2f}."
+    where = f"{cells[0]['measured']['model']}, device {document.get('device', 'unknown')}"
     return join(
-        tag("p", "What ran fastest on this engine (", str(cells[0]["measured"]["model"]), f", device {document['device']}): ",
-            badge(MEASURED), class_="lead"),
+        tag("p", f"What ran fastest on this engine ({where}): ", badge(MEASURED), class_="lead"),
         tag("ul", *items),
         tag("p", verdict, " ", badge(both(cells))),
-    )  # fmt: skip
+    )
 
 
 def agreement(cells: list[Record], name: str) -> Markup:
@@ -86,6 +87,26 @@ def agreement(cells: list[Record], name: str) -> Markup:
     text = "One mark a cell; on the diagonal the simulator is right. Each mark leads to its row in the table."
     keys = charts.legend(policies, [])
     return figure("Predicted against measured", both(cells), join(keys, drawn), text, f"{name}-agreement")
+
+
+def front(cells: list[Record], name: str) -> Markup:
+    """Measured speed against memory, where the cells differ in memory."""
+    sizes = [c["measured"]["vram_bytes"] / 1e9 for c in cells]
+    if len(set(sizes)) < 2:
+        return tag("p", f"No Pareto front: all cells hold {max(sizes):.3g} GB on the device.", class_="hint")
+    speeds = [c["measured"]["tokens_per_s"] for c in cells]
+    best = pareto(list(zip(sizes, speeds, strict=True)))
+    policies = sorted({str(c["policy"]) for c in cells})
+    points = []
+    for i, cell in enumerate(cells):
+        which = policies.index(str(cell["policy"]))
+        text = f"{conditions(cell, cells)}: {speeds[i]:.2f} tokens/s, {sizes[i]:.3g} GB"
+        points.append(Point(sizes[i], speeds[i], which, which, i in best, text, f"{name}-{i}"))
+    steps = [(sizes[i], speeds[i]) for i in best]
+    drawn = charts.scatter(points, "VRAM (GB)", "tokens/s", steps, "speed against memory, one mark a cell")
+    text = "Filled marks and the line: no other cell is faster in as little memory."
+    keys = charts.legend(policies, [])
+    return figure("Pareto front: speed against memory", MEASURED, join(keys, drawn), text, f"{name}-front")
 
 
 def stalls(cells: list[Record], name: str) -> Markup:
@@ -150,5 +171,6 @@ def provenance(document: Record, cells: list[Record]) -> Markup:
         ("decisions compared", str(document.get("decisions", "unknown"))),
     ]
     sources = (document.get("profile") or {}).get("sources") or {}
-    rows += [(f"profile: {name}", str(source)) for name, source in sources.items()]
-    return pairs(rows)
+    profile = pairs([(name, str(source)) for name, source in sources.items()])
+    details = tag("details", tag("summary", "where the profile's figures come from"), profile) if sources else None
+    return join(pairs(rows), details)

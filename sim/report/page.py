@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,13 +60,14 @@ def sweep_sections(records: list[Record], wanted: Wish, timelines: Timelines) ->
 
 
 def limited(records: list[Record], wanted: Wish) -> tuple[list[Record], int]:
-    """Records a page can hold, and how many are left out: front, choice and the fastest stay."""
+    """Records a page can hold, fastest first, and how many are left out: front, choice and the fastest stay."""
+    records = sorted(records, key=lambda r: (-choices.speed(r), choices.vram(r), r["key"]))
     if len(records) <= MOST_ROWS:
         return records, 0
     chosen = choices.choose(records, wanted)
     kept = {*chosen.front, chosen.chosen, chosen.fastest}
-    fastest = sorted(range(len(records)), key=lambda i: (-choices.speed(records[i]), records[i]["key"]))
-    kept |= set(fastest[: max(0, MOST_ROWS - len(kept))])
+    others = (i for i in range(len(records)) if i not in kept)
+    kept |= set(islice(others, max(0, MOST_ROWS - len(kept))))
     return [records[i] for i in sorted(kept)], len(records) - len(kept)
 
 

@@ -217,7 +217,7 @@ class Space:
         path = values.get("trace") or str(shipped())
         changes = (*self.changes, *(f"{k}={v}" for k, v in chosen.items() if k.startswith(("machine.", "model."))))
         sha256 = trace_sha256(path)
-        machine, model = _shapes(values["machine"], values.get("model"), path, sha256, changes)
+        machine, model = shapes(values["machine"], values.get("model"), path, sha256, changes)
         context = _whole("context", values["context"], 0) if "context" in values else None
         bits = _whole("bits", values.get("bits", "4"), 1)
         if bits not in WIDTHS:
@@ -278,7 +278,7 @@ def _whole(name: str, text: str, least: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tuple[str, ...]) -> tuple[str, str]:
+def shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tuple[str, ...]) -> tuple[str, str]:
     """Machine and model after all changes, as JSON texts."""
     routed = trace_of(trace, sha256, None)
     named = model or (DEFAULT_MODEL if trace == str(shipped()) else "")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from runtime import corpus, models
+from runtime import models
 from runtime.engine import Engine
 from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import options
@@ -38,9 +38,7 @@ class Window(NamedTuple):
     domain: int
 
 
-def windows(
-    blocks_of: Sequence[Sequence[bytes]], tokenizer: Any, tokens: int, length: int = WINDOW
-) -> list[Window]:
+def windows(blocks_of: Sequence[Sequence[bytes]], tokenizer: Any, tokens: int, length: int = WINDOW) -> list[Window]:
     """About ``tokens`` tokens in whole windows, an equal number of each domain (where its blocks hold as many), evenly
     spread over its blocks; domains alternate.
 
@@ -101,9 +99,7 @@ def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], mode: str)
     return np.memmap(path, dtype, "r+" if mode == "w" and path.is_file() else mode + "+" * (mode == "w"), shape=shape)
 
 
-def collect(
-    model_dir: Path, texts: Sequence[Window], bits: int, folder: Path, progress: bool = True
-) -> Activations:
+def collect(model_dir: Path, texts: Sequence[Window], bits: int, folder: Path, progress: bool = True) -> Activations:
     """Run ``texts`` through the model with ``bits``-bit experts and keep everything in ``folder``.
 
     Goes on where an interrupted call for the same texts, model and bits stopped. On disk: 2 (H + E) + K bytes a token
@@ -146,9 +142,7 @@ Seen = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 def _passes(model_dir: Path, texts: Sequence[Window], bits: int, progress: bool) -> Iterator[list[Seen]]:
     """Router inputs, logits and ids of every layer, window by window."""
     spec = models.spec_of(model_dir)
-    with Engine(
-        model_dir, bits=bits, slots=spec.num_experts, options=options("on_demand"), machine=UNPACED
-    ) as engine:
+    with Engine(model_dir, bits=bits, slots=spec.num_experts, options=options("on_demand"), machine=UNPACED) as engine:
         seen: list[Seen] = []
 
         def keep(module: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -95,7 +95,9 @@ def train(
     spec = models.spec_of(model_dir)
     reach = min(lookahead, spec.num_layers - 1)
     if reach < 1:
-        raise ValueError(f"{spec.name} has {spec.num_layers} MoE layer and no later one to look at; name a deeper model")
+        raise ValueError(
+            f"{spec.name} has {spec.num_layers} MoE layer and no later one to look at; name a deeper model"
+        )
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     texts = windows([d.train for d in domains], tokenizer, tokens)
     held_texts = windows([d.held_out for d in domains], tokenizer, held_out_tokens)
@@ -218,9 +220,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the gates")
     p.add_argument("--lookahead", type=int, default=LOOKAHEAD, metavar="N", help="layers ahead (default %(default)s)")
     p.add_argument("--tokens", type=int, default=100_000, metavar="N", help="of training text (default %(default)s)")
-    p.add_argument(
-        "--held-out-tokens", type=int, default=36_000, metavar="N", help="measured on (default %(default)s)"
-    )
+    p.add_argument("--held-out-tokens", type=int, default=36_000, metavar="N", help="measured on (default %(default)s)")
     p.add_argument("--width", type=int, default=32, metavar="N", help="of mlp's trunk; 0: none (default %(default)s)")
     p.add_argument("--loss", choices=tuple(LOSSES), default=how.loss, help="default %(default)s")
     p.add_argument("--epochs", type=int, default=how.epochs, metavar="N", help="at most (default %(default)s)")

@@ -21,7 +21,7 @@ import torch
 from runtime import models
 from runtime.copier import Arrival, Copier, Request
 from runtime.experts import OffloadedExperts, SlotExperts
-from runtime.lookahead import RouterGates, ranked
+from runtime.lookahead import GATES_FILE, LADDER, gates_for, ranked
 from runtime.observe import EngineTimeline, Spans
 from runtime.recorder import Recorder
 from runtime.store import HostStore, SlotPool
@@ -34,7 +34,7 @@ from sim.timing import Timing
 from traces import DECODE, PREFILL, Visit
 from traces.vocabulary import router_order
 
-PREDICTORS = ("recorded", "router")  # both are the model's own routers here: what the engine records under "router"
+PREDICTORS = ("recorded", *LADDER)  # recorded: the model's own routers, "router"
 
 
 class Engine:
@@ -50,6 +50,7 @@ class Engine:
         record: keep the routing, with guesses up to this distance; None records nothing.
         record_logits: keep router logits too.
         record_all: record the guesses of every visit, not only of those at which the planner looks.
+        gates: heads for a trained predictor; those of the model directory when None.
         compiled: decide with compiled functions where the policy prefetches and numba is there (`planner_class`).
 
     Raises:
@@ -72,6 +73,7 @@ class Engine:
         record_logits: bool = False,
         record_all: bool = True,
         compiled: bool = False,
+        gates: Path | None = None,
     ) -> None:
         check_options(options)
         self.spec = models.spec_of(model_dir)
@@ -88,9 +90,11 @@ class Engine:
         self.store = store or HostStore.build(model_dir, self.spec, bits)
         self.model, self.tokenizer = models.load(model_dir)
         blocks = models.moe_blocks(self.model)
-        routers = [b.router.weight.detach() for b in blocks]
         reach = min(max(options.lookahead, record or 0), self.spec.num_layers - 1)
-        self._gates = RouterGates(routers, self.spec.top_k, reach) if reach else None
+        file = gates or model_dir / GATES_FILE
+        self._gates = gates_for(
+            options.predictor if options.prefetches else "router", self.model, self.spec.top_k, reach, file
+        )
         self.recorder = Recorder(self.spec, reach, record_logits) if record is not None else None
         self._record_all = bool(record) and record_all
         act = blocks[0].block.experts.act_fn
@@ -417,9 +421,7 @@ def check_options(options: Options) -> None:
     if hasattr(options.miss_rule.module, "loads"):
         raise SpecError(f"miss={options.miss} computes experts on the host, which the engine does not; simulate it")
     if options.prefetches and parse(options.predictor).name not in PREDICTORS:
-        raise SpecError(
-            f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"
-        )
+        raise SpecError(f"predictor {options.predictor!r} does not run on the engine; name one of {', '.join(LADDER)}")
 
 
 def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

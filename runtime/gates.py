@@ -83,7 +83,7 @@ def load(path: Path) -> GateFile:
             header = json.loads((file.metadata() or {}).get("gates", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, ValueError) as error:
-        raise GateError(f"{path} cannot be read as a gates file ({error}); train one with python -m runtime.align")
+        raise GateError(f"{path} cannot be read as a gates file ({error}); make one with runtime.align") from None
     if not isinstance(header, dict) or any(key not in header for key in STATED):
         raise GateError(f"{path} has no gates in its header; name a file made by python -m runtime.align")
     if header["format"] != FORMAT:

@@ -1,8 +1,9 @@
 """Guesses of later layers' routing from one layer's router input.
 
 A ladder of predictors behind one interface, `Gates.scores`: each rung is a head for every (layer l, distance d), fed
-what layer l's router is fed, that speaks of layer l + d. The model's own weights are read, never changed. Shape letters:
-T tokens, D distances (cut at the last layer), E experts, H hidden size, R width of a trunk.
+what layer l's router is fed, that speaks of layer l + d. The model's own weights are read, never changed.
+
+Shape letters: T tokens, D distances (cut at the last layer), E experts, H hidden size, R width of a trunk.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ UNTRAINED = ("router", "router_norm")
 class Gates(Protocol):
     """One rung of the ladder."""
 
-    def scores(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None
-    ) -> npt.NDArray[np.float16]:
+    def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
         """P(routed) for layer + 1, ...: hidden [T, H] -> float16 [T, D, E], D cut at the last layer.
 
         ids [T, K]: what layer ``layer`` itself was routed to, for a rung that looks at it (none of `LADDER` does).
@@ -111,9 +110,7 @@ class LinearGates:
         logits = heads.logits(hidden)
         return logits if heads.temperature is None else logits / heads.temperature[:, None]
 
-    def scores(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None
-    ) -> npt.NDArray[np.float16]:
+    def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
         """As `Gates.scores`."""
         if self.heads[layer] is None:
             return np.zeros((hidden.shape[0], 0, self._experts), np.float16)
@@ -136,9 +133,7 @@ class RouterGates(LinearGates):
 class TrunkGates(LinearGates):
     """Linear heads plus one trunk a layer."""
 
-    def __init__(
-        self, heads: Sequence[Heads | None], trunks: Sequence[Trunk | None], top_k: int, experts: int
-    ) -> None:
+    def __init__(self, heads: Sequence[Heads | None], trunks: Sequence[Trunk | None], top_k: int, experts: int) -> None:
         super().__init__(heads, top_k, experts)
         self.trunks = trunks
 
@@ -157,9 +152,7 @@ def router_heads(routers: Sequence[torch.Tensor], lookahead: int) -> list[Heads 
     return [Heads(torch.stack([w.float() for w in found])) if len(found) else None for found in later]
 
 
-def norm_heads(
-    routers: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], lookahead: int
-) -> list[Heads | None]:
+def norm_heads(routers: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:
     """The routers of the next layers, fed the direction of the residual stream under their own norm's weights.
 
     ``norms``: weight [H] of the norm before every MoE layer. What layer l's norm multiplied by is divided out; where

@@ -13,7 +13,8 @@ import torch
 
 from runtime import models
 from runtime.devices import open_device
-from runtime.executor import Executor, gates_of
+from runtime.executor import Executor, check_options, gates_of
+from runtime.lookahead import GATES_FILE
 from runtime.store import HostStore
 from sim.machine import HardwareProfile
 from sim.spec import Options
@@ -26,6 +27,7 @@ class Engine(Executor):
     Args:
         model_dir: a transformers checkpoint.
         bits, slots, options, machine, record, record_logits, record_all, compiled: as `Executor`.
+        gates: heads of a trained predictor; those of the model directory when None.
         store: an expert store to share between engines; built (and owned) when None.
 
     Raises:
@@ -46,7 +48,9 @@ class Engine(Executor):
         record_logits: bool = False,
         record_all: bool = True,
         compiled: bool = False,
+        gates: Path | None = None,
     ) -> None:
+        check_options(options)
         spec = models.spec_of(model_dir)
         self._owned = HostStore.build(model_dir, spec, bits) if store is None else None
         try:
@@ -60,7 +64,7 @@ class Engine(Executor):
                 slots=slots,
                 options=options,
                 machine=machine,
-                gates=gates_of(self.model, spec, options, record or 0),
+                gates=gates_of(self.model, spec, options, gates or model_dir / GATES_FILE, record or 0),
                 record=record,
                 record_logits=record_logits,
                 record_all=record_all,

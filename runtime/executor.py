@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,7 @@ from runtime import models
 from runtime.copier import Arrival, CopierError, Request
 from runtime.devices import Device, Slots
 from runtime.experts import OffloadedExperts, SlotExperts
-from runtime.lookahead import RouterGates, merged_guesses
+from runtime.lookahead import LADDER, Gates, gates_for, merged_guesses
 from runtime.observe import EngineTimeline, Spans
 from runtime.recorder import Recorder
 from runtime.store import HostStore
@@ -34,7 +35,7 @@ from sim.timing import Timing
 from traces import DECODE, PREFILL, ModelSpec, Visit
 from traces.vocabulary import router_order
 
-PREDICTORS = ("recorded", "router")  # both are the model's own routers here: what the engine records under "router"
+PREDICTORS = ("recorded", *LADDER)  # recorded: the model's own routers, "router"
 PATIENCE_S = 60.0  # a load that takes longer than this ends the run with a list of who waits for what
 
 
@@ -76,7 +77,7 @@ class Executor:
         slots: int,
         options: Options,
         machine: HardwareProfile,
-        gates: RouterGates | None,
+        gates: Gates | None,
         record: int | None = None,
         record_logits: bool = False,
         record_all: bool = True,
@@ -227,7 +228,7 @@ class Executor:
         looks = self.planner.looks(self._phase)
         id_rows = ids.tolist()
         before_gates = time.monotonic_ns()
-        scores = self.gates.scores(layer, hidden) if self.gates and (looks or self._record_all) else None
+        scores = self.gates.scores(layer, hidden, ids) if self.gates and (looks or self._record_all) else None
         guesses = merged_guesses(scores) if scores is not None and looks else []
         known = time.monotonic_ns()
         experts, counts = router_order(id_rows)
@@ -445,14 +446,17 @@ class Executor:
         self.close()
 
 
-def gates_of(model: torch.nn.Module, spec: ModelSpec, options: Options, record: int = 0) -> RouterGates | None:
-    """Gates as far ahead as the policy looks, or ``record`` if that is farther; None where nobody looks.
+def gates_of(
+    model: torch.nn.Module, spec: ModelSpec, options: Options, file: Path | None = None, record: int = 0
+) -> Gates | None:
+    """The gates of the run's predictor, as far ahead as the policy looks, or ``record`` if that is farther; None where
+    nobody looks. ``file`` holds the trained heads.
 
-    Made before the executor: it needs the routers only.
+    Raises:
+        GateError: heads that are not there, of another model, or that look less far.
     """
     reach = min(max(options.lookahead, record), spec.num_layers - 1)
-    routers = [found.router.weight.detach() for found in models.moe_blocks(model)]
-    return RouterGates(routers, spec.top_k, reach) if reach else None
+    return gates_for(options.predictor if options.prefetches else "router", model, spec.top_k, reach, file)
 
 
 def planner_class(options: Options) -> type[Planner]:
@@ -474,6 +478,4 @@ def check_options(options: Options) -> None:
     if hasattr(options.miss_rule.module, "loads"):
         raise SpecError(f"miss={options.miss} computes experts on the host, which the engine does not; simulate it")
     if options.prefetches and parse(options.predictor).name not in PREDICTORS:
-        raise SpecError(
-            f"predictor {options.predictor!r} does not run on the engine; leave it out to use the model's routers"
-        )
+        raise SpecError(f"predictor {options.predictor!r} does not run on the engine; name one of {', '.join(LADDER)}")

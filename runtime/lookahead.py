@@ -1,12 +1,16 @@
 """Guesses of later layers' routing from one layer's router input.
 
-The training-free predictor: the router of layer l + d as it is, on the input of layer l's router (the speculative
-loading of Eliseev and Mazur 2023, for d = 1).
+A ladder of predictors behind one interface, `Gates.scores`: each rung is a head for every (layer l, distance d), fed
+what layer l's router is fed, that speaks of layer l + d. The model's own weights are read, never changed.
+
+Shape letters: T tokens, D distances (cut at the last layer), E experts, H hidden size, R width of a trunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +20,57 @@ from traces import Guesses
 from traces.trace import merged
 
 NUM_GUESSES = 4
+GATES_FILE = "gates.safetensors"  # of a model directory: trained heads, no weights of the model
+LADDER = {
+    "router": "the router of layer l + d as it is (speculative loading of Eliseev and Mazur 2023, for d = 1)",
+    "router_norm": "the same, its input scaled by layer l + d's norm in place of layer l's",
+    "router_mean": "the same, plus the mean change of the router's input from layer l to l + d",
+    "aligned": "a linear head, trained to match the frozen router of layer l + d",
+    "mlp": "the aligned head plus a trained hidden layer that all distances share",
+}
+UNTRAINED = ("router", "router_norm")
+
+
+class Gates(Protocol):
+    """One rung of the ladder."""
+
+    def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
+        """P(routed) for layer + 1, ...: hidden [T, H] -> float16 [T, D, E], D cut at the last layer.
+
+        ids [T, K]: what layer ``layer`` itself was routed to, for a rung that looks at it (none of `LADDER` does).
+        """
+        ...
+
+
+class Heads(NamedTuple):
+    """Linear heads of one layer: weight [D, E, H], bias [D, E] or None (both float32), temperature [D] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    temperature: torch.Tensor | None = None
+
+    @property
+    def distances(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> [T, D, E] in one product, before the temperature."""
+        bias = None if self.bias is None else self.bias.flatten()
+        flat = torch.nn.functional.linear(hidden.float(), self.weight.flatten(0, 1), bias)
+        return flat.view(hidden.shape[0], *self.weight.shape[:2])
+
+
+class Trunk(NamedTuple):
+    """What `mlp` adds to a layer's linear heads: up @ silu(down @ x + bias); down [R, H], bias [R], up [D * E, R]."""
+
+    down: torch.Tensor
+    bias: torch.Tensor
+    up: torch.Tensor
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> [T, D * E]."""
+        inner = torch.nn.functional.silu(torch.nn.functional.linear(hidden.float(), self.down, self.bias))
+        return torch.nn.functional.linear(inner, self.up)
 
 
 def inclusion(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -35,8 +90,41 @@ def inclusion(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return probabilities.clamp(0.0, 1.0)
 
 
-class RouterGates:
-    """The routers of the next layers, stacked so that one product gives all guesses of a visit.
+class LinearGates:
+    """Linear heads: one product gives all guesses of a visit.
+
+    Args:
+        heads: of every MoE layer; None for the last.
+        top_k: routed experts per token.
+        experts: of a layer.
+    """
+
+    def __init__(self, heads: Sequence[Heads | None], top_k: int, experts: int) -> None:
+        self.heads = heads
+        self._top_k = top_k
+        self._experts = experts
+
+    @property
+    def lookahead(self) -> int:
+        """Largest distance guessed at."""
+        return max((heads.distances for heads in self.heads if heads is not None), default=0)
+
+    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> [T, D, E], the temperature applied."""
+        heads = self.heads[layer]
+        assert heads is not None
+        logits = heads.logits(hidden)
+        return logits if heads.temperature is None else logits / heads.temperature[:, None]
+
+    def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
+        """As `Gates.scores`."""
+        if self.heads[layer] is None:
+            return np.zeros((hidden.shape[0], 0, self._experts), np.float16)
+        return inclusion(self.logits(layer, hidden), self._top_k).cpu().numpy().astype(np.float16)
+
+
+class RouterGates(LinearGates):
+    """The routers of the next layers as they are.
 
     Args:
         routers: router weights [E, H] of every MoE layer.
@@ -45,24 +133,49 @@ class RouterGates:
     """
 
     def __init__(self, routers: Sequence[torch.Tensor], top_k: int, lookahead: int) -> None:
-        self.lookahead = lookahead
-        self._top_k = top_k
-        self._experts = routers[0].shape[0]
-        self._stacked = [
-            torch.cat([w.float() for w in routers[layer + 1 : layer + 1 + lookahead]])
-            if layer + 1 < len(routers)
-            else None
-            for layer in range(len(routers))
-        ]
+        super().__init__(router_heads(routers, lookahead), top_k, routers[0].shape[0])
 
-    def scores(self, layer: int, hidden: torch.Tensor) -> npt.NDArray[np.float16]:
-        """P(routed) for layer + 1, ...: hidden [T, H] -> float16 [T, D, E], D cut at the last layer."""
-        stacked = self._stacked[layer]
-        if stacked is None:
-            return np.zeros((hidden.shape[0], 0, self._experts), np.float16)
-        logits = torch.nn.functional.linear(hidden.float(), stacked)
-        logits = logits.view(hidden.shape[0], -1, self._experts)
-        return inclusion(logits, self._top_k).numpy().astype(np.float16)
+
+class TrunkGates(LinearGates):
+    """Linear heads plus one trunk a layer."""
+
+    def __init__(self, heads: Sequence[Heads | None], trunks: Sequence[Trunk | None], top_k: int, experts: int) -> None:
+        super().__init__(heads, top_k, experts)
+        self.trunks = trunks
+
+    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """As `LinearGates.logits`."""
+        heads, trunk = self.heads[layer], self.trunks[layer]
+        assert heads is not None and trunk is not None
+        logits = heads.logits(hidden)
+        logits = logits + trunk.logits(hidden).view_as(logits)
+        return logits if heads.temperature is None else logits / heads.temperature[:, None]
+
+
+def router_heads(routers: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:
+    """The routers of the next layers as heads."""
+    later = [routers[layer + 1 : layer + 1 + lookahead] for layer in range(len(routers))]
+    return [Heads(torch.stack([w.float() for w in found])) if len(found) else None for found in later]
+
+
+def norm_heads(routers: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:
+    """The routers of the next layers, fed the direction of the residual stream under their own norm's weights.
+
+    ``norms``: weight [H] of the norm before every MoE layer. What layer l's norm multiplied by is divided out; where
+    that is (nearly) nothing, the input carries nothing, and its factor stays 1.
+    """
+    heads: list[Heads | None] = []
+    for layer, found in enumerate(router_heads(routers, lookahead)):
+        if found is not None:
+            own = norms[layer].float()
+            usable = own.abs() > 1e-3 * own.abs().max()
+            factors = [
+                torch.where(usable, norms[layer + d].float() / torch.where(usable, own, 1.0), 1.0)
+                for d in range(1, found.distances + 1)
+            ]
+            found = Heads(found.weight * torch.stack(factors)[:, None])
+        heads.append(found)
+    return heads
 
 
 def ranked(scores: npt.NDArray[np.float16]) -> list[Guesses]:
@@ -78,3 +191,25 @@ def merged_guesses(scores: npt.NDArray[np.float16]) -> list[Guesses]:
     if len(tokens) == 1:
         return tokens[0]
     return [merged([t[d].experts for t in tokens], [t[d].scores for t in tokens]) for d in range(scores.shape[1])]
+
+
+def rung_of(predictor: str) -> str:
+    """The rung of the ladder that a run's ``predictor`` asks of the engine: ``recorded`` is the model's routers."""
+    return "router" if predictor == "recorded" else predictor
+
+
+def gates_for(
+    predictor: str, model: torch.nn.Module, top_k: int, lookahead: int, file: Path | None = None
+) -> Gates | None:
+    """The rung named ``predictor`` for a loaded model; None where ``lookahead`` is 0.
+
+    ``file`` holds the trained heads; `router` and `router_norm` need none.
+
+    Raises:
+        GateError: no such rung, no file of heads, one made for another model, or heads that look less far.
+    """
+    from runtime import gates  # which knows the classes above
+
+    if not lookahead:
+        return None
+    return gates.ladder(model, top_k, lookahead, file, (rung_of(predictor),))[rung_of(predictor)]

@@ -20,7 +20,8 @@ from runtime import models
 from runtime.budget import Budget, budget, without_experts
 from runtime.devices import open_device
 from runtime.engine import paced
-from runtime.executor import Executor, gates_of
+from runtime.executor import Executor, check_options, gates_of
+from runtime.lookahead import GATES_FILE, rung_of
 from runtime.store import HostStore
 from sim.bounds import fewest_loads, link_floor_ns
 from sim.experiment import phase_keys
@@ -122,7 +123,7 @@ class Offloaded:
         decode = executor.ledger.phases[DECODE]
         if executor.recorder is None or not decode.passes:
             return None
-        trace = executor.recorder.trace({}, "router")
+        trace = executor.recorder.trace({}, rung_of(executor.options.predictor))
         run = executor.options
         landing = run.landing_slots if run.prefetches else 0
         loads = fewest_loads(trace, group_sizes(executor.spec, run, executor.slots), landing)
@@ -186,7 +187,7 @@ def offload(
         dense_bits: 16, or 4 for linear layers outside router, head and embeddings.
         machine: profile whose times advance the planner's clock; by default one of this kind of device.
         link_gb_s: pace of the link, GB/s; None is as fast as it goes.
-        gates: file of aligned lookahead gates (`runtime.align`).
+        gates: file of trained lookahead gates (`runtime.align`), for ``predictor=aligned``; by default the model's own.
         record, record_logits: keep the routing (``offload_stats`` and bounds need it not).
 
     Returns:
@@ -198,6 +199,7 @@ def offload(
         ModelError, StoreError, SpecError: what cannot be used; CopierError: the copier does not start.
     """
     run = options(policy)
+    check_options(run)
     place = open_device(device)
     limit = size_bytes(vram) if isinstance(vram, str) else vram
     owned: HostStore | None = None
@@ -205,7 +207,7 @@ def offload(
         if isinstance(model, torch.nn.Module):
             spec = models.spec_of_config(model.config, type(model).__name__.lower())
             owned = HostStore.from_model(model, spec, bits, group_size=group_size, optimize=optimize, progress=progress)
-            loaded, tokenizer = model, None
+            loaded, tokenizer, heads = model, None, None
         else:
             directory = Path(model)
             spec = models.spec_of(directory)
@@ -221,11 +223,13 @@ def offload(
             if dtype not in DTYPES:
                 raise SpecError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
             loaded, tokenizer = models.load_dense(directory, DTYPES[dtype], dense_bits)
+            heads = directory / GATES_FILE
+        heads = Path(gates) if gates else heads
         with without_experts(loaded):
             loaded.to(place.torch_device)
         widths = [bits] if isinstance(bits, int) else sorted(set(bits))
         profile = machine_for(machine, device, spec.name, widths, link_gb_s)
-        predict = gates_of(loaded, spec, run)
+        predict = gates_of(loaded, spec, run, heads)
         stated = budget(
             loaded,
             spec,

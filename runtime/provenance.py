@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runtime.lookahead import GATES_FILE
+
 
 def commit() -> str:
     """Commit of the project's checkout, with ``+changes`` when files differ from it; empty outside a checkout."""
@@ -43,9 +45,9 @@ def check_folder(flag: str, path: Path | None) -> None:
 
 
 def weights_sha256(model_dir: Path) -> str:
-    """sha256 over the model directory's safetensors files, in name order."""
+    """sha256 over the model directory's safetensors files, in name order; lookahead gates are no weights of it."""
     digest = hashlib.sha256()
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in sorted(p for p in model_dir.glob("*.safetensors") if p.name != GATES_FILE):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

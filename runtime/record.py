@@ -1,6 +1,6 @@
 """Record the routing of a model, run on the engine with every expert resident.
 
-python -m runtime.record --model DIR --corpus FILE [FILE ...] --out trace.safetensors
+python -m runtime.record --model DIR --corpus FILE [FILE ...] --predictor all --out trace.safetensors
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +17,11 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import traces
-from runtime import corpus, models, prompts, provenance
+from runtime import corpus, gates, models, prompts, provenance
 from runtime.copier import CopierError
 from runtime.engine import Engine
+from runtime.lookahead import GATES_FILE, LADDER, UNTRAINED, Gates
+from runtime.recorder import Recorder
 from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import options
 from traces import Trace
@@ -38,14 +42,17 @@ def record(
     temperature: float = 0.8,
     seed: int = 0,
     logits: bool = True,
+    predictors: Sequence[str] = ("router",),
+    gates_file: Path | None = None,
 ) -> Trace:
     """Generate ``tokens`` tokens after every prompt and keep all routing and guesses.
 
     Prompt i is sampled with seed + i. The first new token comes out of the prefill, so a prompt gives tokens - 1
     decode passes; one more token is generated than asked for. Distances that pass the last layer from every layer are
-    not recorded.
+    not recorded. Guesses of all ``predictors`` are kept; trained ones come from ``gates_file``, or the model's own.
 
     Raises:
+        GateError: a predictor that cannot be had.
         ValueError: an empty prompt.
         ModelError, StoreError: a model that cannot be used.
     """
@@ -60,6 +67,11 @@ def record(
         record=lookahead,
         record_logits=logits,
     ) as engine:
+        assert engine.recorder is not None
+        if reach := min(lookahead, spec.num_layers - 1):
+            file = gates_file or model_dir / GATES_FILE
+            beside = [p for p in predictors if p != "router"]
+            listen(engine.model, engine.recorder, gates.ladder(engine.model, spec.top_k, reach, file, beside))
         bar = tqdm(total=len(asked) * (tokens + 1), unit="token", file=sys.stderr, delay=2)
         for number, prompt in enumerate(asked):
             ids = engine.tokenizer.encode(prompt.text)
@@ -67,7 +79,6 @@ def record(
             for _ in stream:
                 bar.update()
         bar.close()
-        assert engine.recorder is not None
         made = {
             "model": model_dir.name,
             "weights_sha256": provenance.weights_sha256(model_dir),
@@ -79,7 +90,35 @@ def record(
             "commit": provenance.commit(),
             "machine": provenance.machine(),
         }
-        return engine.recorder.trace(made, "router")
+        trace = engine.recorder.trace(made, "router")
+    return replace(trace, guesses={name: trace.guesses[name] for name in predictors if name in trace.guesses})
+
+
+def listen(model: torch.nn.Module, recorder: Recorder, rungs: dict[str, Gates]) -> None:
+    """Have the recorder keep what ``rungs`` say at every visit: hooks on the routers, which change nothing."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def record(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+            hidden = inputs[0].flatten(0, -2)
+            for name, rung in rungs.items():
+                recorder.guess(name, rung.scores(layer, hidden, output[2]))
+
+        return record
+
+    for layer, found in enumerate(models.moe_blocks(model)):
+        found.router.register_forward_hook(hook(layer))
+
+
+def rungs_asked(names: Sequence[str], model_dir: Path, gates_file: Path | None) -> list[str]:
+    """The rungs that ``--predictor`` names; ``all`` is every one that the gates file (if there is one) allows.
+
+    Raises:
+        GateError: a gates file that cannot be read.
+    """
+    if "all" not in names:
+        return list(dict.fromkeys(names))
+    file = gates_file or model_dir / GATES_FILE
+    return list(gates.load(file).rungs()) if gates_file or file.is_file() else list(UNTRAINED)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,6 +139,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--lookahead", type=int, default=4, metavar="N", help="distances of the guesses (default %(default)s)"
     )
+    p.add_argument(
+        "--predictor",
+        action="append",
+        choices=("all", *LADDER),
+        help="whose guesses; repeatable; all: the whole ladder (default router)",
+    )
+    p.add_argument("--gates", type=Path, metavar="FILE", help="trained heads (default: gates.safetensors of the model)")
     p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
     p.add_argument("--no-logits", action="store_true", help="leave the router logits out")
@@ -131,6 +177,8 @@ def main() -> int:
             temperature=args.temperature,
             seed=args.seed,
             logits=not args.no_logits,
+            predictors=rungs_asked(args.predictor or ["router"], args.model, args.gates),
+            gates_file=args.gates,
         )
         traces.save(trace, args.out)
     except (ValueError, OSError, CopierError) as error:

@@ -26,7 +26,9 @@ class Recorder:
         self._model = model
         self._lookahead = lookahead
         self._with_logits = with_logits
-        self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None, npt.NDArray[Any]]] = []
+        self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]] = []
+        self._scores: list[npt.NDArray[np.float16]] = []
+        self._beside: dict[str, list[npt.NDArray[np.float16]]] = {}
         self._passes: list[tuple[int, int]] = []  # tokens, phase
         self._rows: list[npt.NDArray[np.int32]] = []  # of each pass: the sequence of every token
         self._batch: list[int] = []
@@ -46,7 +48,17 @@ class Recorder:
         """Forget a pass that did not end."""
         self._passes.pop()
         self._rows.pop()
-        del self._visits[len(self._passes) * self._model.num_layers :]
+        for visits in (self._visits, self._scores, *self._beside.values()):
+            del visits[len(self._passes) * self._model.num_layers :]
+
+    def guess(self, predictor: str, scores: npt.NDArray[np.float16]) -> None:
+        """What another predictor than the run's own says at the visit that comes next, scores [T, D, E]."""
+        self._beside.setdefault(predictor, []).append(self._padded(scores))
+
+    def _padded(self, scores: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+        table = np.zeros((scores.shape[0], self._lookahead, self._model.num_experts), np.float16)
+        table[:, : scores.shape[1]] = scores[:, : self._lookahead]
+        return table
 
     def visit(
         self,
@@ -56,29 +68,30 @@ class Recorder:
         scores: npt.NDArray[np.float16] | None,
     ) -> None:
         """One visit: ids and weights [T, K], logits [T, E], guess scores [T, D, E]; all are copied."""
-        tokens = ids.shape[0]
-        table = np.zeros((tokens, self._lookahead, self._model.num_experts), np.float16)
-        if scores is not None and self._lookahead:
-            table[:, : scores.shape[1]] = scores
-        kept = logits.float().numpy().astype(np.float16) if self._with_logits and logits is not None else None
-        self._visits.append((ids.numpy().copy(), weights.float().numpy().astype(np.float16), kept, table))
+        if scores is None:
+            scores = np.zeros((ids.shape[0], 0, self._model.num_experts), np.float16)
+        kept = logits.float().cpu().numpy().astype(np.float16) if self._with_logits and logits is not None else None
+        self._visits.append((ids.cpu().numpy().copy(), weights.float().cpu().numpy().astype(np.float16), kept))
+        self._scores.append(self._padded(scores))
 
     def trace(self, provenance: dict[str, Any], predictor: str, routing: str = "RECORDED") -> Trace:
-        """Everything recorded so far, the guesses under the name ``predictor``."""
+        """Everything recorded so far, the run's own guesses under the name ``predictor``."""
         layers = self._model.num_layers
 
-        def rows(part: int) -> npt.NDArray[Any]:
-            passes = [
-                np.stack([v[part] for v in self._visits[i : i + layers]], axis=1)
-                for i in range(0, len(self._visits), layers)
-            ]
+        def by_token(visits: list[Any]) -> npt.NDArray[Any]:
+            passes = [np.stack(visits[i : i + layers], axis=1) for i in range(0, len(visits), layers)]
             return np.concatenate(passes)
+
+        def rows(part: int) -> npt.NDArray[Any]:
+            return by_token([v[part] for v in self._visits])
 
         phases = [np.full(tokens, phase, np.uint8) for tokens, phase in self._passes]
         begun, sequence = np.unique(np.concatenate(self._rows), return_inverse=True)  # without those that never ran
         together = any(rows[0] != rows[-1] for rows in self._rows)
         domains = tuple(self._domains[i] for i in begun)
-        guesses = {predictor: rank(rows(3), min(NUM_GUESSES, self._model.num_experts))} if self._lookahead else {}
+        said = {predictor: self._scores, **self._beside} if self._lookahead else {}
+        most = min(NUM_GUESSES, self._model.num_experts)
+        guesses = {name: rank(by_token(scores), most) for name, scores in said.items()}
         return Trace(
             model=self._model,
             ids=rows(0).astype(id_dtype(self._model.num_experts)),

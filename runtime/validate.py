@@ -29,6 +29,7 @@ from runtime import calibrate, models, prompts, provenance
 from runtime.copier import CopierError
 from runtime.engine import Engine, paced
 from runtime.executor import check_options
+from runtime.lookahead import rung_of
 from runtime.observe import EngineTimeline
 from runtime.store import HostStore
 from runtime.verdict import average, first_divergence, judge, recheck, replayed
@@ -126,7 +127,7 @@ class Validation:
                     pass
             ledger = engine.finish()
             assert engine.recorder is not None
-            trace = engine.recorder.trace({"model": self.model_dir.name}, "router")
+            trace = engine.recorder.trace({"model": self.model_dir.name}, rung_of(cell.options.predictor))
         setting = Setting(trace, machine, trace.model, cell.bits, cell.slots, cell.options)
         measured = summary(setting, ledger) | {"evidence": "MEASURED", "driver": "engine", "machine": self.profile.name}
         cell.runs.append(measured)

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import traces
 from runtime.engine import paced
+from runtime.lookahead import rung_of
 from sim.experiment import Experiment, Setting
 from sim.machine import HardwareProfile, machine_from
 from sim.spec import Options, options
@@ -28,7 +29,7 @@ def replayed(
     timeline: Timeline | None = None,
 ) -> dict[str, Any]:
     """What the simulator says of an engine run, from its recorded routing and guesses: a ``sim.run`` object."""
-    chosen = run.replace(predictor="router")
+    chosen = run.replace(predictor=rung_of(run.predictor))
     return Experiment(references=False).run(Setting(trace, machine, trace.model, bits, slots, chosen), log, timeline)
 
 

@@ -264,6 +264,32 @@ def test_outcomes_are_those_the_drivers_count() -> None:
     assert min(seen[kind] for kind in (events.HIT, events.LATE, events.MISS)) > 20
 
 
+def test_every_part_of_a_prefetch_that_was_used_is_drawn_as_such() -> None:
+    """A prefetch that a demand load interrupts goes on later; what is retracted is drawn apart."""
+    link, compute = {"pid": 1, "tid": 2, "ph": "X"}, {"pid": 1, "tid": 1, "ph": "X"}
+    made_of: list[dict[str, Any]] = [
+        {"pid": 1, "tid": 1, "ph": "M", "name": "thread_name", "args": {"name": "compute"}},
+        {"pid": 1, "tid": 2, "ph": "M", "name": "thread_name", "args": {"name": "link H2D"}},
+        compute | {"name": "attention 0", "ts": 0, "dur": 1},
+        link | {"name": "1.3", "cat": "prefetch", "ts": 1, "dur": 2},
+        link | {"name": "0.2", "cat": "demand", "ts": 3, "dur": 4},
+        link | {"name": "1.3", "cat": "prefetch", "ts": 7, "dur": 2},
+        link | {"name": "1.1", "cat": "prefetch", "ts": 9, "dur": 1.5},
+        compute | {"name": "expert 0.2", "ts": 7, "dur": 1},
+        compute | {"name": "attention 1", "ts": 8, "dur": 2},
+        compute | {"name": "expert 1.3", "ts": 10, "dur": 1},
+        compute | {"name": "head", "ts": 11, "dur": 1},
+        {"pid": 1, "tid": 2, "ph": "s", "cat": "prefetch", "name": "use", "id": 4, "ts": 1},
+        {"pid": 1, "tid": 1, "ph": "f", "cat": "prefetch", "name": "use", "id": 4, "ts": 10},
+    ]
+    (process,) = events.processes(made_of)
+    assert [(s.name, s.kind) for s in process.slices if s.track == "link H2D"] == [
+        ("1.3", "prefetch"), ("0.2", "demand"), ("1.3", "prefetch"), ("1.1", "unclaimed"),
+    ]  # fmt: skip
+    assert process.arrows == [events.Arrow(1000, 10000)] and process.ends_ns == [12000]
+    assert [s.kind for s in process.slices if s.name.startswith("expert")] == ["miss", "hit"]
+
+
 REFUSED = [
     ("nothing", None, "name a file of sim.sweep --out or runtime.validate --out"),
     ("empty", "", "hold no record"),

@@ -121,7 +121,7 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
             residents[expert[1]].append((begin, end - track.startswith("cache ")))
     for ends in arrivals.values():
         ends.sort()
-    used = {a.start_ns for a in arrows}
+    used = uses(events, arrows)
     process = Process(name, arrows=arrows)
     known = planned = -1
     for track, text, category, begin, end in events:
@@ -130,7 +130,7 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
         kind = text.partition(" ")[0]
         if track == H2D:
             kind = str(category)
-            if kind == "prefetch" and begin not in used:
+            if kind == "prefetch" and not any(s <= begin < e for s, e in used[text]):
                 kind = "unclaimed"
         elif track == D2H:
             kind = "write_back"
@@ -144,6 +144,16 @@ def _process(name: str, events: list[tuple[Any, ...]], arrows: list[Arrow]) -> P
             process.ends_ns.append(end)
         process.slices.append(Slice(track, text, kind, begin, end))
     return process
+
+
+def uses(events: list[tuple[Any, ...]], arrows: list[Arrow]) -> dict[str, list[Arrow]]:
+    """The arrows of every expert, by its copies' name; a copy that was interrupted has one arrow, from its start."""
+    leaving = {arrow.start_ns: arrow for arrow in arrows}
+    found: dict[str, list[Arrow]] = defaultdict(list)
+    for track, text, _, begin, _ in events:
+        if track == H2D and begin in leaving:
+            found[text].append(leaving[begin])
+    return found
 
 
 def outcome(

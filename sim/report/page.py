@@ -20,6 +20,11 @@ HERE = Path(__file__).parent
 MOST_BYTES = 3_000_000
 MOST_ROWS = 1500
 MOST_GROUPS = 6
+LABELS = (
+    "MEASURED: on the engine. SIMULATED: by the simulator on a measured profile. ESTIMATED: by the simulator on "
+    "published values, or carried over to layers that were not simulated. Routing is RECORDED from a model, FORCED or "
+    "SYNTHETIC."
+)
 
 Record = dict[str, Any]
 
@@ -155,10 +160,3 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
             "with fewer machines, or fewer --tokens"
         )
     return content
-
-
-LABELS = (
-    "MEASURED: on the engine. SIMULATED: by the simulator on a measured profile. ESTIMATED: by the simulator on "
-    "published values, or carried over to layers that were not simulated. Routing is RECORDED from a model, FORCED or "
-    "SYNTHETIC."
-)

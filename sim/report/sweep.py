@@ -122,7 +122,7 @@ def words(found: Choice, wanted: Wish) -> Markup:
             f"{(chosen['tpot_s'] / floor - 1) * 100:.0f} % more speed is left to any schedule."
         )
     others = len(found.alike())
-    same = f" Settings that cannot be told from the fastest on this trace: {others:,} others." if others else ""
+    same = f" Settings that cannot be told from the fastest on this trace: {others:,}." if others else ""
     if not chosen["h2d_bytes"]:
         same += " Every expert has a slot there: nothing is loaded, and the policy makes no difference."
     widths = choices.widths(records)

@@ -18,7 +18,7 @@ SAID = {
     MISS: "miss: no load had been issued",
     "demand": "demand load",
     "prefetch": "prefetch that was used",
-    "unclaimed": "prefetch, or a part of one, from which no use follows",
+    "unclaimed": "prefetch that was not used",
     "write_back": "copied back to the host",
     "stall": "compute waits",
     "attention": "attention, norms, router and lookahead gates",

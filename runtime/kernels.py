@@ -99,13 +99,17 @@ def _tiles(tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """
     import triton.language as tl
 
-    dot = (
-        tl.float32 if interpreted() else {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
-    )
+    if interpreted():  # a program costs the same whatever its size
+        return {"BM": 1 if tokens == 1 else max(16, _power(tokens)), "BN": 128, "DOT": tl.float32}
     if tokens == 1:
         return {"BM": 1, "BN": 8, "DOT": tl.float32, "num_warps": 4}
-    rows = min(64, max(16, 1 << (tokens - 1).bit_length()))
-    return {"BM": rows, "BN": 32, "DOT": dot, "num_warps": 4}
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
+    return {"BM": min(64, max(16, _power(tokens))), "BN": 32, "DOT": dot, "num_warps": 4}
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 def interpreted() -> bool:

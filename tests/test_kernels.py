@@ -1,4 +1,4 @@
-"""Fused kernels against float64 dequantize-and-multiply, under Triton's interpreter or on a GPU; the order of groups."""
+"""Fused kernels against float64 dequantize-and-multiply, by Triton's interpreter or on a GPU; the order of groups."""
 
 from __future__ import annotations
 
@@ -57,13 +57,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-SHAPES = [(64, 192), (128, 64), (192, 320)]  # hidden, inner; 3, 1, 2, 3 and 5 groups of 64 a row
-LAYOUTS = [
-    ExpertLayout(hidden, inner, bits, group)
-    for hidden, inner in SHAPES
-    for bits in (8, 4, 3, 2)
-    for group in (16, 32, 64)
-]
+# hidden, inner, group size; 2, 6, 1, 3, 5 groups a row: fewer and more than a word's ten, and with a rest
+SHAPES = [(64, 192, 32), (64, 192, 64), (192, 320, 64), (64, 64, 16), (128, 256, 128)]
+LAYOUTS = [ExpertLayout(hidden, inner, bits, group) for hidden, inner, group in SHAPES for bits in (8, 4, 3, 2)]
 
 
 def name(layout: ExpertLayout) -> str:
@@ -74,14 +70,17 @@ def name(layout: ExpertLayout) -> str:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_every_width_group_and_shape_in_both_orders(layout, device):
-    """One token by sums, three by products, in HQQ's order and row by row, against float64."""
+    """One token by sums, three by products, in HQQ's order and row by row, against float64.
+
+    All four at 3 bits; the interpreter is too slow for all of them at the others, whose code is the same.
+    """
     expert = random_expert(layout)
     x = torch.randn(3, layout.hidden_size, generator=torch.Generator().manual_seed(1))
     expected = reference(expert, x, "silu")
     for order in ("hqq", "rows"):
         reorder(expert, "hqq", order)
         there = ExpertViews(layout, *(t.to(device) for t in expert[1:]))
-        for n in (1, 3):
+        for n in (1, 3) if layout.bits == 3 else (1,) if order == "hqq" else (3,):
             got = kernels.forward(there, x[:n].to(device), "silu", order)
             assert got.shape == (n, layout.hidden_size)
             assert relative_error(got, expected[:n]) < 1e-5, (order, n)  # float32 throughout
@@ -90,12 +89,11 @@ def test_every_width_group_and_shape_in_both_orders(layout, device):
 @needs_triton
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("tokens", [1, 2, 17, 64])
+@pytest.mark.parametrize(("bits", "tokens"), [(8, 2), (8, 64), (4, 1), (4, 17), (3, 1), (3, 64), (2, 17)])
 def test_half_precision_and_batches(bits, tokens, dtype, device):
-    layout = ExpertLayout(128, 192, bits)
+    layout = ExpertLayout(64, 192, bits)
     expert = random_expert(layout, bits)
-    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     expected = reference(expert, x, "silu")
     reorder(expert, "hqq", "rows")
     there = ExpertViews(layout, *(t.to(device) for t in expert[1:]))

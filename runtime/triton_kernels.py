@@ -70,11 +70,12 @@ def _product(
     MASK: tl.constexpr = (1 << BITS) - 1
     Q: tl.constexpr = KG // V if ROWS else 0  # word rows that hold groups of one row only
     REST: tl.constexpr = KG - Q * V
+    UNROLL: tl.constexpr = 4 // V if V < 4 else 1  # loads under way at a time
     row_mask = row < N
     token_mask = token < M
     position = tl.arange(0, g)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for word in range(Q):
+    for word in tl.range(Q, loop_unroll_factor=UNROLL):
         at = codes + (row * Q + word)[:, None] * g + position[None, :]
         words = tl.load(at, mask=row_mask[:, None], other=0).to(tl.int32)
         for v in tl.static_range(V):

@@ -1,0 +1,126 @@
+"""An expert's feed-forward straight from its codes, with no dequantized matrix written: two Triton kernels.
+
+The first reads gate and up and applies the activation, the second reads down. Both read a slot's buffer as
+``runtime.quantize.ExpertLayout`` lays it out, in HQQ's order of groups or in that of ``runtime.repack`` ("rows"),
+which is meant for the GPU: every word is read once, and at 3 bits nothing else comes near. The same kernels run under
+Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported), which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from runtime.quantize import ExpertViews
+from runtime.repack import Order
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+_NAMES = {  # of activation modules, in torch and transformers
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "PytorchGELUTanh": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+_MIN_GROUP = 16  # the least width of a tensor-core product
+
+
+class KernelError(ValueError):
+    """What the kernels cannot do; one sentence."""
+
+
+def activation(module: torch.nn.Module) -> str:
+    """The kernels' name of an activation.
+
+    Raises:
+        KernelError: an activation they have not.
+    """
+    name = type(module).__name__
+    if name == "GELU":
+        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
+    if name not in _NAMES:
+        raise KernelError(
+            f"the kernels have no activation {name}; they have {', '.join(ACTIVATIONS)}: dequantize and multiply"
+        )
+    return _NAMES[name]
+
+
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def forward(expert: ExpertViews, x: torch.Tensor, act: str, order: Order = "hqq") -> torch.Tensor:
+    """down(act(gate x) * up x) for x [n, H] -> [n, H] in x's dtype, on x's device.
+
+    Products of one token are summed in float32 throughout. Of more, they are made in x's dtype (float32 under the
+    interpreter) from exact codes, and summed in float32; the intermediate of gate and up is kept in float32.
+
+    Raises:
+        KernelError: no Triton, bf16 experts, groups narrower than 16 or no power of two, or an unknown activation.
+    """
+    layout = expert.layout
+    if layout.bits == 16:
+        raise KernelError("experts in bf16 need no kernel; multiply them with torch")
+    if layout.group_size < _MIN_GROUP or layout.group_size & (layout.group_size - 1):
+        raise KernelError(
+            f"groups of {layout.group_size} weights do not fit the kernels; choose 16, 32, 64, 128 or 256"
+        )
+    if act not in ACTIVATIONS:
+        raise KernelError(f"activation {act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    kernels = _kernels()
+    tokens, hidden, inner = len(x), layout.hidden_size, layout.expert_size
+    x = x.contiguous()
+    middle = torch.empty(tokens, inner, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    if tokens:
+        common = {"g": layout.group_size, "BITS": layout.bits, "V": layout.values, "ROWS": order == "rows"}
+        common |= tiles(tokens, x.dtype, layout.group_size * layout.word.itemsize)
+        grid = (-(-inner // common["BN"]), -(-tokens // common["BM"]))
+        kernels.gate_up[grid](
+            middle, expert.codes, expert.scale, expert.zero, x, tokens, N=inner, K=hidden, ACT=act, **common
+        )
+        grid = (-(-hidden // common["BN"]), grid[1])
+        kernels.down[grid](
+            out, expert.codes[2], expert.scale[2], expert.zero[2], middle, tokens, N=hidden, K=inner, **common
+        )
+    return out
+
+
+def tiles(tokens: int, dtype: torch.dtype, row_bytes: int) -> dict[str, Any]:
+    """Sizes of one program's tile, the dtype of its products and its warps; Triton's own tuner needs a driver.
+
+    One token: few rows a program, so that a matrix of 4096 rows still fills a large GPU, and 16 bytes of words a thread
+    and load (``row_bytes`` of words a row). More: no pipelining, whose buffers at 3 bits pass what an SM has. Chosen by
+    compiling for GPUs (loads, shared memory), to be tuned on one.
+    """
+    import triton.language as tl
+
+    if interpreted():  # a program costs the same whatever its size
+        return {"BM": 1 if tokens == 1 else max(16, _power(tokens)), "BN": 128, "DOT": tl.float32}
+    if tokens == 1:
+        warps = min(4, max(1, 8 * row_bytes // 512))
+        return {"BM": 1, "BN": 8, "DOT": tl.float32, "num_warps": warps, "num_stages": 1}
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
+    return {"BM": min(64, max(16, _power(tokens))), "BN": 32, "DOT": dot, "num_warps": 4, "num_stages": 1}
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernels() -> Any:
+    if not available():
+        raise KernelError("the kernels need Triton, which is not installed; pip install triton")
+    return importlib.import_module("runtime.triton_kernels")

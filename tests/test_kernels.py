@@ -1,0 +1,213 @@
+"""Fused kernels against float64 dequantize-and-multiply, by Triton's interpreter or on a GPU; the order of groups."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra is not installed")
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from runtime import kernels  # noqa: E402
+from runtime.quantize import ExpertLayout, ExpertViews, dequantize, forward, views  # noqa: E402
+from runtime.repack import places, reorder  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed: pip install triton")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here")),
+    pytest.param("cuda", marks=GPU),
+]
+ACTS = {
+    "silu": torch.nn.SiLU(),
+    "gelu": torch.nn.GELU(),
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "relu": torch.nn.ReLU(),
+}
+TOLERANCE = 5e-3  # relative error against float64, by the largest output
+
+
+def random_expert(layout: ExpertLayout, seed: int = 0) -> ExpertViews:
+    """Random words (unused values of the last 3-bit words included), and scales and zeros as quantizing gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.randint(0, 256, (layout.expert_bytes,), generator=generator, dtype=torch.uint8)
+    expert = views(buffer, layout)
+    if layout.bits == 3:
+        expert.codes.bitwise_and_((1 << 30) - 1)
+    levels = 1 << layout.bits
+    expert.scale.copy_((torch.rand(expert.scale.shape, generator=generator) + 0.5) / levels)
+    expert.zero.copy_((torch.rand(expert.zero.shape, generator=generator) * 0.4 + 0.3) * levels)
+    return expert
+
+
+def reference(expert: ExpertViews, x: torch.Tensor, act: str) -> torch.Tensor:
+    gate, up, down = dequantize(expert, torch.float64)
+    x = x.double()
+    return (ACTS[act](x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+# hidden, inner, group size; 2, 6, 1, 3, 5 groups a row: fewer and more than a word's ten, and with a rest
+SHAPES = [(64, 192, 32), (64, 192, 64), (192, 320, 64), (64, 64, 16), (128, 256, 128)]
+LAYOUTS = [ExpertLayout(hidden, inner, bits, group) for hidden, inner, group in SHAPES for bits in (8, 4, 3, 2)]
+
+
+def name(layout: ExpertLayout) -> str:
+    return f"{layout.bits}b-g{layout.group_size}-{layout.hidden_size}x{layout.expert_size}"
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_every_width_group_and_shape_in_both_orders(layout, device):
+    """One token by sums, three by products, in HQQ's order and row by row, against float64.
+
+    All four at 3 bits; the interpreter is too slow for all of them at the others, whose code is the same.
+    """
+    expert = random_expert(layout)
+    x = torch.randn(3, layout.hidden_size, generator=torch.Generator().manual_seed(1))
+    expected = reference(expert, x, "silu")
+    for order in ("hqq", "rows"):
+        reorder(expert, "hqq", order)
+        there = ExpertViews(layout, *(t.to(device) for t in expert[1:]))
+        for n in (1, 3) if layout.bits == 3 else (1,) if order == "hqq" else (3,):
+            got = kernels.forward(there, x[:n].to(device), "silu", order)
+            assert got.shape == (n, layout.hidden_size)
+            assert relative_error(got, expected[:n]) < 1e-5, (order, n)  # float32 throughout
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "tokens"), [(8, 2), (8, 64), (4, 1), (4, 17), (3, 1), (3, 64), (2, 17)])
+def test_half_precision_and_batches(bits, tokens, dtype, device):
+    layout = ExpertLayout(64, 192, bits)
+    expert = random_expert(layout, bits)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    expected = reference(expert, x, "silu")
+    reorder(expert, "hqq", "rows")
+    there = ExpertViews(layout, *(t.to(device) for t in expert[1:]))
+    got = kernels.forward(there, x.to(device), "silu", "rows")
+    assert got.dtype == dtype
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("act", kernels.ACTIVATIONS)
+def test_activations(act, device):
+    layout = ExpertLayout(64, 64, 4)
+    expert = random_expert(layout)
+    x = 3 * torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
+    there = ExpertViews(layout, *(t.to(device) for t in expert[1:]))
+    assert kernels.activation(ACTS[act]) == act
+    assert relative_error(kernels.forward(there, x.to(device), act), reference(expert, x, act)) < 1e-5
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_a_mixtral_expert_on_a_gpu(bits):
+    layout = ExpertLayout(4096, 14336, bits)
+    expert = random_expert(layout)
+    x = torch.randn(16, 4096, generator=torch.Generator().manual_seed(3)).bfloat16()
+    expected = reference(ExpertViews(layout, *(t.cuda() for t in expert[1:])), x.cuda(), "silu").cpu()
+    reorder(expert, "hqq", "rows")
+    there = ExpertViews(layout, *(t.cuda() for t in expert[1:]))
+    for n in (1, 16):
+        assert relative_error(kernels.forward(there, x[:n].cuda(), "silu", "rows"), expected[:n]) < TOLERANCE
+
+
+@needs_triton
+def test_an_expert_packed_by_hqq_gives_what_the_cpu_engine_computes():
+    pytest.importorskip("hqq", reason="the runtime extra is not installed")
+    from runtime.quantize import pack
+
+    generator = torch.Generator().manual_seed(4)
+    for bits in (4, 3):
+        layout = ExpertLayout(64, 128, bits)
+        gate, up, down = (torch.randn(s, generator=generator) / 8 for s in ((128, 64), (128, 64), (64, 128)))
+        expert = views(pack(gate, up, down, layout, optimize=False), layout)
+        x = torch.randn(2, 64, generator=generator)
+        there = ExpertViews(layout, *(t.to("cuda" if torch.cuda.is_available() else "cpu") for t in expert[1:]))
+        got = kernels.forward(there, x.to(there.codes.device), "silu").cpu()
+        assert torch.allclose(got, forward(expert, x, ACTS["silu"]), rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+def test_what_the_kernels_cannot_do_is_refused():
+    expert = random_expert(ExpertLayout(64, 64, 4))
+    with pytest.raises(kernels.KernelError, match="activation 'mish' is unknown; choose one of silu"):
+        kernels.forward(expert, torch.zeros(1, 64), "mish")
+    with pytest.raises(kernels.KernelError, match="no activation Mish"):
+        kernels.activation(torch.nn.Mish())
+    with pytest.raises(kernels.KernelError, match="groups of 8 weights"):
+        kernels.forward(random_expert(ExpertLayout(64, 64, 4, 8)), torch.zeros(1, 64), "silu")
+    layout = ExpertLayout(64, 64, 16)
+    plain = views(torch.zeros(layout.expert_bytes, dtype=torch.uint8), layout)
+    with pytest.raises(kernels.KernelError, match="bf16 need no kernel"):
+        kernels.forward(plain, torch.zeros(1, 64), "silu")
+    assert kernels.forward(expert, torch.zeros(0, 64), "silu").shape == (0, 64)
+
+
+def test_nothing_but_the_kernels_imports_triton():
+    code = "import sys, runtime.kernels, runtime.repack; sys.exit('triton' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0
+
+
+# The order of groups
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_reordering_moves_codes_only_and_can_be_undone(layout):
+    expert = random_expert(layout, 5)
+    before = dequantize(expert, torch.float32)
+    old = [t.clone() for t in expert[1:]]
+    reorder(expert, "hqq", "rows")
+    assert all(t.data_ptr() == expert[1:][i].data_ptr() or t.shape == expert[1:][i].shape for i, t in enumerate(old))
+    assert torch.equal(expert.scale, old[1])
+    assert torch.equal(expert.zero, old[2])
+    reorder(expert, "rows", "hqq")
+    for matrix, expected in zip(dequantize(expert, torch.float32), before, strict=True):
+        assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, ExpertLayout(4096, 14336, 3)], ids=name)
+def test_every_group_has_its_own_place_among_the_words_there_are(layout):
+    for matrix in range(3):
+        spots = places(layout, matrix, "rows")
+        assert len(spots.unique()) == layout.groups
+        assert spots.min() >= 0
+        assert spots.max() < layout.values * layout.rows
+
+
+def test_neighbouring_groups_of_a_row_share_a_word_by_literal_codes():
+    """4 bits, 2 rows of 2 groups of 32: HQQ has row 0 in the high halves; row by row has group 0 there."""
+    layout = ExpertLayout(64, 32, 4, 32)
+    expert = views(torch.zeros(layout.expert_bytes, dtype=torch.uint8), layout)
+    for row in range(32):  # group 2n and 2n + 1 of row n hold the codes n % 8 and n % 8 + 8
+        for half in range(2):
+            group = 2 * row + half
+            word, high = group % 32, group < 32
+            expert.codes[0, 0, word] |= (row % 8 + 8 * half) << (4 if high else 0)
+    reorder(expert, "hqq", "rows")
+    assert [expert.codes[0, 0, n, 0].item() for n in range(32)] == [(n % 8) * 16 + n % 8 + 8 for n in range(32)]
+
+
+def test_bf16_experts_have_no_order():
+    layout = ExpertLayout(64, 64, 16)
+    expert = views(torch.zeros(layout.expert_bytes, dtype=torch.uint8), layout)
+    with pytest.raises(ValueError, match="no codes to reorder"):
+        reorder(expert, "hqq", "rows")

@@ -16,7 +16,7 @@ from runtime.family import ExpertWeights, Gated
 from traces.vocabulary import GROUP_SIZE, ModelSpec
 
 META_DTYPE = torch.float16
-CHUNK = 1 << 19  # weights quantized at a time
+CHUNK = 1 << 18  # weights quantized at a time
 GROUP_SIZES = (256, 128, 64, 32, 16, 8)  # what is offered where another size is refused
 _SHIFTS = {
     8: (0,),

@@ -18,10 +18,9 @@ pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from runtime import models, page_lock, store  # noqa: E402
+from runtime import models, store  # noqa: E402
 from runtime.checkpoint import Checkpoint, identity  # noqa: E402
 from runtime.quantize import dequantize, pack, views  # noqa: E402
-from runtime.rows import ExpertRows  # noqa: E402
 from runtime.store import HostStore, StoreError, check_memory, layouts_of  # noqa: E402
 from tests.small_models import small_model  # noqa: E402
 from traces.vocabulary import ExpertId, ModelSpec  # noqa: E402
@@ -325,28 +324,3 @@ def test_a_build_needs_the_store_and_two_experts(tmp_path, bits):
     assert run.returncode == 0, run.stderr
     peak, rows, two_experts = map(int, run.stdout.split())
     assert rows < peak <= rows + two_experts
-
-
-class FakeCudart:
-    def __init__(self, answer: int) -> None:
-        self.answer = answer
-        self.calls: list[tuple] = []
-
-    def cudaHostRegister(self, *args: int) -> int:  # noqa: N802 (CUDA's name)
-        self.calls.append(args)
-        return self.answer
-
-    def cudaHostUnregister(self, *args: int) -> int:  # noqa: N802 (CUDA's name)
-        self.calls.append(args)
-        return 0
-
-
-def test_page_locking_registers_the_block_or_warns_of_the_cost():
-    with ExpertRows(2, 100) as rows:
-        willing = FakeCudart(0)
-        assert page_lock.lock(rows.block, willing)
-        page_lock.unlock(rows.block, willing)
-        address = rows.block.data_ptr()
-        assert willing.calls == [(address, 256, 0), (address,)]
-        with pytest.warns(RuntimeWarning, match=r"refused to page-lock 256 bytes .* half the link's bandwidth"):
-            assert not page_lock.lock(rows.block, FakeCudart(2))

@@ -120,11 +120,11 @@ def stand_in(spec: ModelSpec) -> torch.nn.Module:
 
 def host_us(policy: str, trace: Trace, slots: int) -> dict[str, Any]:
     """Microseconds of a decode visit on the host: from the known routing until every expert is computed, which here
-    takes nothing: planning, requests to the copier, counting, the load log, the order of computing.
+    takes nothing: planning, requests to the copier, counting, the load log, the order of computing. ``visit`` is all of
+    a visit, ranking the guesses and what torch does around the experts included.
     """
     run, spec = options(policy), trace.model
     gates = Replayed(trace.guesses[PREDICTOR], spec.num_experts, run.lookahead) if run.lookahead else None
-    spans = []
     with (
         ExpertRows(1, 64) as rows,
         Executor(
@@ -142,6 +142,7 @@ def host_us(policy: str, trace: Trace, slots: int) -> dict[str, Any]:
         ) as executor,
     ):
         hidden, weights = torch.zeros(1, 1), torch.ones(1, spec.top_k)
+        whole = []
         for token in range(trace.num_tokens):
             ids = torch.from_numpy(trace.ids[token].astype(np.int64))
             if gates:
@@ -150,19 +151,22 @@ def host_us(policy: str, trace: Trace, slots: int) -> dict[str, Any]:
             if token == WARM_UP:
                 executor.spans = Spans()
             for layer in range(spec.num_layers):
+                start = time.perf_counter_ns()
                 executor.visit(layer, hidden, ids[layer : layer + 1], weights)
+                if token >= WARM_UP:
+                    whole.append(time.perf_counter_ns() - start)
             executor.end_pass()
         assert executor.spans is not None
-        spans = executor.spans
-    plan = np.array([ns for _, ns in spans.host]) / 1e3
-    rest = np.array([ns for _, ns in spans.expert], float).reshape(-1, spec.top_k).sum(1) / 1e3
-    both = plan + rest
+        plan = np.array([ns for _, ns in executor.spans.host]) / 1e3
+        rest = np.array([ns for _, ns in executor.spans.expert], float).reshape(-1, spec.top_k).sum(1) / 1e3
+        both, all_of_it = plan + rest, np.array(whole) / 1e3
     return {
         "policy": policy,
         "median_us": float(np.median(both)),
         "mean_us": float(both.mean()),
         "p99_us": float(np.quantile(both, 0.99)),
         "plan_median_us": float(np.median(plan)),
+        "visit_median_us": float(np.median(all_of_it)),
         "visits": len(both),
     }
 

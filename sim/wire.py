@@ -330,10 +330,9 @@ def jump(w: Wire, t: Times, limit: int) -> None:
     for k in range(1, t.max_submitted):
         if w.fifo[k] != head:
             return
-    skip = (limit - i[HEAD_END] - 1) // t.full_ns
-    most = w.unsubmitted[head] if t.max_submitted > 1 else w.unsubmitted[head] - 1
-    if skip > most:
-        skip = most
+    skip = w.unsubmitted[head] if t.max_submitted > 1 else w.unsubmitted[head] - 1
+    if skip * t.full_ns >= limit - i[HEAD_END]:
+        skip = (limit - i[HEAD_END] - 1) // t.full_ns
     if skip <= 0:
         return
     w.unsubmitted[head] -= skip

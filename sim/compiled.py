@@ -85,9 +85,9 @@ WIRE = _layout(Wire, WIRE_SCALARS, "i")
 LAYOUTS = dict.fromkeys(("s", "o", "e", "experts"), STATE) | dict.fromkeys(("w", "ow"), WIRE)
 CONSTANTS = dict.fromkeys(("c", "oc"), Config._fields) | dict.fromkeys(("t", "ot"), Times._fields)
 BY_SLOTS = frozenset(
-    "members free landing released pending kept displaced retract_x retract_number retract_slot retract_copy prefetch_x "
-    "prefetch_evicted demand early unsubmitted unfinished submitted done started cancelled demanded ready target worth "
-    "number slot_ready".split()
+    {"members", "free", "landing", "released", "pending", "kept", "displaced", "prefetch_x", "prefetch_evicted"}
+    | {f"retract_{name}" for name in ("x", "number", "slot", "copy")}
+    | (set(WIRE.places) - {"fifo", "host"})
 )
 CALLED = ("clock_visit", "loop_unused_bytes")  # in a specialised driver; all else is put where it is called from
 TABLES_OF_TIMES = ("expert_ns", "host_expert_ns", "host_shared_ns")
@@ -407,8 +407,7 @@ def source(options: Options, fixed: Fixed | None = None) -> str:
     modules = (options.cache.module, options.policy.module, options.miss_rule.module)
     found = map(os.stat, _files(modules))
     stamps = tuple((file.st_mtime_ns, file.st_size) for file in found)
-    text = _source(modules, stamps, None if fixed is None else json.dumps(fixed))
-    return text
+    return _source(modules, stamps, None if fixed is None else json.dumps(fixed))
 
 
 @cache
@@ -616,9 +615,7 @@ def fixed_of(own: Parts, shadow: Parts, visits: int) -> Fixed | None:
     same = {name: getattr(own.c, name) for name in BY_RULES if getattr(own.c, name) == getattr(shadow.c, name)}
     both = (own, shadow)
     experts = own.c.layers * own.c.experts
-    return Fixed(
-        USUAL | same, places([p.s for p in both], STATE, experts), places([p.w for p in both], WIRE, experts)
-    )
+    return Fixed(USUAL | same, places([p.s for p in both], STATE, experts), places([p.w for p in both], WIRE, experts))
 
 
 def guarded(function: Callable[..., Any], options: Options) -> Callable[..., Any]:

@@ -147,7 +147,8 @@ class Timing:
     def all_dense_ns(self, n: int, context: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """`dense_ns` of many contexts, the same to the bit: the law is arithmetic in ``context``."""
         seconds: Any = self._dense_s(n, context)  # type: ignore[arg-type]  # an array does as well
-        return np.rint(np.broadcast_to(seconds * 1e9, context.shape)).astype(np.int64)
+        found: npt.NDArray[np.int64] = np.rint(np.broadcast_to(seconds * 1e9, context.shape)).astype(np.int64)
+        return found
 
     def routed_ns(self, n: int, context: int, looks: bool) -> int:
         """From the start of a visit until the host knows the routing, and the guesses if somebody ``looks`` at them."""

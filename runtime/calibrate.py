@@ -106,7 +106,7 @@ QUANTILES = 21
 
 
 def residuals(points: Iterable[tuple[tuple[int, ...], float]], found: Sequence[float]) -> tuple[float, ...]:
-    """Quantiles of measured / predicted of (quantities, seconds) under a law, which is fitted without the largest 2 %."""
+    """Quantiles of measured / predicted of (quantities, seconds) under a law, without the largest 2 %."""
     ratios = np.sort(
         [v / max(1e-12, found[0] + sum(a * b for a, b in zip(found[1:], q, strict=True))) for q, v in points]
     )

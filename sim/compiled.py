@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
@@ -40,6 +41,7 @@ CORE = ("plugin", "wire", "decide", "clock", "guard", "loop")
 SHARED = ("sim.plugin", "sim.state")  # their classes and constants are imported, so that all drivers use the same
 KINDS = (DEMAND, PREFETCH, RETRACT, STREAM)
 LOG_ROWS = 1 << 20
+_loading = threading.Lock()
 JIT_CACHE = "EXPERT_LOOKAHEAD_JIT_CACHE"
 
 
@@ -100,7 +102,7 @@ class Fixed(NamedTuple):
     """What a specialised driver has as literals in its text.
 
     Attributes:
-        constants: values of `Config`.
+        constants: values of `Config` and `Times`.
         state, wire: places of the tables.
     """
 
@@ -270,7 +272,7 @@ class _Renamer(ast.NodeTransformer):
         if owner in LAYOUTS:
             return _read(owner if name == "e" else f"{owner}[0]")
         if owner in CONSTANTS:
-            if self.fixed is not None and name in self.fixed.constants and CONSTANTS[owner] is Config._fields:
+            if self.fixed is not None and name in self.fixed.constants:
                 return ast.Constant(self.fixed.constants[name])
             return _read(f"{owner}[{CONSTANTS[owner].index(name)}]")
         if owner in self.modules:
@@ -440,13 +442,18 @@ def _source(
     return "\n\n".join([*parts, ENTRY, *([STEP] if fixed is None else []), f"STATE_SHA256 = {state!r}", ""])
 
 
-@cache
 def driver(text: str) -> ModuleType:
-    """The compiled functions of one source text.
+    """The compiled functions of one source text; all threads get the same ones, so that they compile once.
 
     Raises:
         SpecError: numba is not installed.
     """
+    with _loading:
+        return _load(text)
+
+
+@cache
+def _load(text: str) -> ModuleType:
     if importlib.util.find_spec("numba") is None:
         raise SpecError(
             "the compiled driver needs numba, which is not installed; install the extra 'fast', or use --driver simpy"
@@ -603,14 +610,15 @@ def parts_of(
     return Parts(s, w, c, tables.times)
 
 
-USUAL = {"copy_stream": 1, "write_back": 0, "keep_stale": 0}
+USUAL = {"copy_stream": 1, "write_back": 0, "keep_stale": 0, "max_submitted": 2}
 BY_RULES = ("hints", "trust", "guard", "lends", "bypass", "touches", "has_rule", "clock", "layers", "experts", "top_k")
 SPECIALISED_FROM = 20_000  # visits of a run: shorter ones are not worth a driver of their own
 
 
 def fixed_of(own: Parts, shadow: Parts, visits: int) -> Fixed | None:
     """What a driver for runs like this one has as literals; None where the general driver will do."""
-    if visits < SPECIALISED_FROM or any(getattr(own.c, name) != value for name, value in USUAL.items()):
+    known = own.c._asdict() | own.t._asdict()
+    if visits < SPECIALISED_FROM or any(known[name] != value for name, value in USUAL.items()):
         return None
     same = {name: getattr(own.c, name) for name in BY_RULES if getattr(own.c, name) == getattr(shadow.c, name)}
     both = (own, shadow)

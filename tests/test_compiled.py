@@ -122,7 +122,6 @@ def specialised_setting(policy: str, guard: int, seed: int) -> Setting:
         "landing_slots": draw.choice([1, 2, 5]),
         "stream_slots": draw.choice([1, 2, 3]),
         "chunk_bytes": draw.choice([0, -16, -3, 1000, 5000, 13824]),
-        "max_submitted": draw.choice([1, 2, 3, 4]),
     }
     text = policy + ("," if ":" in policy else ":") + ",".join(f"{key}={value}" for key, value in keys.items())
     machine = round_machine(wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]))

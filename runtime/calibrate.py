@@ -102,6 +102,18 @@ def grouped(samples: Iterable[tuple[tuple[int, ...], int]]) -> list[tuple[tuple[
     return [(key, trimmed_mean(values), len(values)) for key, values in sorted(groups.items())]
 
 
+QUANTILES = 21
+
+
+def residuals(points: Iterable[tuple[tuple[int, ...], float]], found: Sequence[float]) -> tuple[float, ...]:
+    """Quantiles of measured / predicted of (quantities, seconds) under a law, without the largest 2 %."""
+    ratios = np.sort(
+        [v / max(1e-12, found[0] + sum(a * b for a, b in zip(found[1:], q, strict=True))) for q, v in points]
+    )
+    kept = ratios[: max(1, int(len(ratios) * 0.98))]
+    return tuple(round(float(x), 5) for x in np.quantile(kept, np.linspace(0, 1, QUANTILES)))
+
+
 class Calibration:
     """Engine runs with spans on, and the laws fitted to them.
 
@@ -151,12 +163,14 @@ class Calibration:
         whole, half = self.spec.num_experts, max(self.spec.top_k, self.spec.num_experts // 2)
         resident: list[Spans] = []
         expert: dict[str, tuple[float, float]] = {}
+        expert_ratios: list[tuple[tuple[int, ...], float]] = []
         for bits in widths:
             spans = self.run("on_demand", bits, whole, 10.0, (8, 24, 64))
             resident += spans
             points = grouped(((n,), ns) for s in spans for n, ns in s.expert)
             fixed, slope = law((q, v, count**0.5) for q, v, count in points)
             expert[str(bits)] = (fixed, slope)
+            expert_ratios += [((), ns / 1e9 / (fixed + slope * n)) for s in spans for n, ns in s.expert]
         dense = [((n, c // 16 * 16 + 8 + n), ns) for s in resident for layer, n, c, ns in s.dense if layer]
         fixed, per_token, per_context = law((q, v, count**0.5) for q, v, count in grouped(dense))
         first = [(n, c, ns) for s in resident for layer, n, c, ns in s.dense if not layer]
@@ -174,9 +188,15 @@ class Calibration:
                 if distance <= usual:
                     host["speculative"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
         for s in self.run("on_demand", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
-            host["on_demand"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
+            host_s = [ns / 1e9 for n, ns in s.host if n == 1]
+            host["on_demand"] = trimmed_mean(host_s)
+        spread = {
+            "dense": residuals(((q, ns / 1e9) for q, ns in dense), (fixed, per_token, per_context)),
+            "expert": residuals(expert_ratios, (1.0,)),
+            "host": residuals((((), seconds) for seconds in host_s), (host["on_demand"],)),
+        }
         host["default"] = host["on_demand"]
-        return Operators((fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host)
+        return Operators((fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host, {}, spread)
 
     def __enter__(self) -> Self:
         return self

@@ -154,7 +154,7 @@ def report(choice: Choice, wanted: Wish) -> list[str]:
             f"{record['bits']:4} {record['slots']:5} {record['regime']:>8}  {record['policy']}"
         )
     lines += [*widths(choice.records), *simpy(choice.records)]
-    lines.append(f"intervals: 95 %, paired, {noise.SEEDS} resamples ({noise.SOURCE_OF_NOISE})")
+    lines.append(f"intervals: 95 %, paired, {noise.SEEDS} resamples ({noise.source(first)})")
     alike = choice.alike()
     if alike:
         some = choice.records[min(alike, key=lambda i: abs(choice.from_fastest[i].mean))]
@@ -221,7 +221,7 @@ def document(choice: Choice, wanted: Wish) -> dict[str, Any]:
         "routing": record["routing"],
         "settings": len(choice.records),
         "tpot_from_fastest": [difference.mean, difference.low, difference.high],
-        "noise": noise.SOURCE_OF_NOISE,
+        "noise": noise.source(record),
     }
 
 

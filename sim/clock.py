@@ -17,6 +17,7 @@ from sim.state import (
     CLAIMS,
     DEMANDED,
     DISPLACED,
+    EARLY_LEN,
     EFFECTS,
     HANDED,
     HOST_END,
@@ -118,7 +119,7 @@ def loads_of_misses(s: State, w: Wire, c: Config, t: Times, rules: Rules, layer:
     misses = Misses(
         number,
         filling,
-        wire.backlog_ns(w, t, -1),
+        wire.backlog_ns(w, t),
         t.load_ns,
         t.expert_ns[each],
         t.host_expert_ns[each],
@@ -161,12 +162,18 @@ def look_ahead(s: State, w: Wire, c: Config, t: Times, rules: Rules, index: int,
     """Value this visit's guesses on the virtual link, and issue what is worth it."""
     n = s.n
     this_visit = c.top_k * t.expert_ns[1]
-    demand_ns = wire.backlog_ns(w, t, -1)
+    demand_ns = wire.backlog_ns(w, t)
     stalled = max(demand_ns + t.expert_ns[1] if demand_ns else 0, this_visit) - this_visit
-    s.ahead[0] = wire.backlog_ns(w, t, NEVER)
+    s.ahead[0] = demand_ns
     for d in range(1, c.lookahead + 1):
-        s.ahead[d] = wire.backlog_ns(w, t, index + d)
+        s.ahead[d] = demand_ns
         s.window[d] = stalled + t.plain_ns * d if c.copy_stream else 0
+    for k in range(w.i[EARLY_LEN]):
+        copy = w.early[k]
+        ns = (w.unsubmitted[copy] - 1) * t.full_ns + t.last_ns
+        s.ahead[0] += ns
+        for d in range(max(1, w.target[copy] - index), c.lookahead + 1):
+            s.ahead[d] += ns
     if n[ACTIVE]:
         decide.issue_prefetches(s, c, rules, index, layer, t.load_ns, t.full_ns, t.max_submitted)
     else:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -39,6 +41,7 @@ CORE = ("plugin", "wire", "decide", "clock", "guard", "loop")
 SHARED = ("sim.plugin", "sim.state")  # their classes and constants are imported, so that all drivers use the same
 KINDS = (DEMAND, PREFETCH, RETRACT, STREAM)
 LOG_ROWS = 1 << 20
+_loading = threading.Lock()
 JIT_CACHE = "EXPERT_LOOKAHEAD_JIT_CACHE"
 
 
@@ -83,15 +86,67 @@ STATE = _layout(State, TOTAL_SCALARS, "n")
 WIRE = _layout(Wire, WIRE_SCALARS, "i")
 LAYOUTS = dict.fromkeys(("s", "o", "e", "experts"), STATE) | dict.fromkeys(("w", "ow"), WIRE)
 CONSTANTS = dict.fromkeys(("c", "oc"), Config._fields) | dict.fromkeys(("t", "ot"), Times._fields)
+BY_SLOTS = frozenset(
+    {"members", "free", "landing", "released", "pending", "kept", "displaced", "prefetch_x", "prefetch_evicted"}
+    | {f"retract_{name}" for name in ("x", "number", "slot", "copy")}
+    | (set(WIRE.places) - {"fifo", "host"})
+)
+CALLED = ("clock_visit", "loop_unused_bytes")  # in a specialised driver; all else is put where it is called from
 TABLES_OF_TIMES = ("expert_ns", "host_expert_ns", "host_shared_ns")
 
 
-def pack(structure: State | Wire, layout: Layout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """All tables of a structure in two arrays."""
+Places = dict[str, int]
+
+
+class Fixed(NamedTuple):
+    """What a specialised driver has as literals in its text.
+
+    Attributes:
+        constants: values of `Config` and `Times`.
+        state, wire: places of the tables.
+    """
+
+    constants: dict[str, int]
+    state: Places
+    wire: Places
+
+
+def _tables(structure: State | Wire) -> tuple[Any, dict[str, Any]]:
+    """The scalars of a structure, and its tables."""
     tables = structure._asdict()
     if "e" in tables:
         tables |= tables.pop("e")._asdict()
-    scalars = tables.pop("n" if "n" in tables else "i")
+    return tables.pop("n" if "n" in tables else "i"), tables
+
+
+def places(structures: Sequence[State | Wire], layout: Layout, experts: int) -> Places:
+    """Places with room to spare, so that runs of like shape share them; ``experts``: of all layers.
+
+    Tables whose length depends on slots have room for a slot to every expert.
+    """
+    found: Places = {}
+    ends = [layout.scalars + 2 * len(layout.places), 0]
+    tables = [_tables(structure)[1] for structure in structures]
+    for name in layout.places:
+        length = max(len(one[name]) for one in tables)
+        if name in BY_SLOTS:
+            length = max(length, 4 * experts)
+        of = int(name in layout.floats)
+        found[name] = ends[of]
+        room = 8
+        while room < length:
+            room *= 4
+        ends[of] += room + 8  # a line more: equal places of two tables do not share a set of the processor's cache
+    return found
+
+
+def pack(
+    structure: State | Wire, layout: Layout, at: Places | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """All tables of a structure in two arrays, one behind the other or ``at`` places."""
+    scalars, tables = _tables(structure)
+    if at is not None:
+        return _pack_at(scalars, tables, layout, at)
     header = np.zeros(2 * len(tables), np.int64)
     ends = [len(scalars) + len(header), 0]
     for name, values in tables.items():
@@ -101,6 +156,19 @@ def pack(structure: State | Wire, layout: Layout) -> tuple[npt.NDArray[np.int64]
     whole = [values for name, values in tables.items() if name not in layout.floats]
     parts = [values for name, values in tables.items() if name in layout.floats]
     return np.concatenate([scalars, header, *whole]), np.concatenate([*parts, np.zeros(1)])
+
+
+def _pack_at(
+    scalars: Any, tables: dict[str, Any], layout: Layout, at: Places
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    ends = [max((at[n] + len(v) for n, v in tables.items() if (n in layout.floats) == of), default=0) for of in (0, 1)]
+    whole, parts = np.zeros(ends[0], np.int64), np.zeros(ends[1] + 1)
+    whole[: len(scalars)] = scalars
+    for name, values in tables.items():
+        place = layout.place(name)
+        whole[place : place + 2] = at[name], len(values)
+        (parts if name in layout.floats else whole)[at[name] : at[name] + len(values)] = values
+    return whole, parts
 
 
 def pack_times(times: Times) -> npt.NDArray[np.int64]:
@@ -120,8 +188,41 @@ class _Renamer(ast.NodeTransformer):
     becomes the plug-in's.
     """
 
-    def __init__(self, names: dict[str, str], modules: set[str], rules: dict[str, str]) -> None:
-        self.names, self.modules, self.rules = names, modules, rules
+    def __init__(
+        self, names: dict[str, str], modules: set[str], rules: dict[str, str], fixed: Fixed | None = None
+    ) -> None:
+        self.names, self.modules, self.rules, self.fixed = names, modules, rules, fixed
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        if not isinstance(node.test, ast.Constant):
+            return node
+        return (node.body if node.test.value else node.orelse) or ast.Pass()
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.test, ast.Constant):
+            return node
+        return node.body if node.test.value else node.orelse
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        ends = isinstance(node.op, ast.Or)  # the constant that decides
+        kept = []
+        for value in node.values:
+            if isinstance(value, ast.Constant) and bool(value.value) != ends:
+                continue
+            kept.append(value)
+            if isinstance(value, ast.Constant):
+                break
+        if not kept:
+            return ast.Constant(not ends)
+        return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        known = isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant)
+        return ast.Constant(not node.operand.value) if known else node  # type: ignore[attr-defined]
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         node.id = self.names.get(node.id, node.id)
@@ -152,7 +253,7 @@ class _Renamer(ast.NodeTransformer):
             owner, name = _owner(node.value)
             if owner in LAYOUTS and name not in ("n", "i"):
                 layout = LAYOUTS[owner]
-                place = _read(f"{owner}[0][{layout.place(name)}]")
+                place = self._place(owner, name)
                 array = _read(f"{owner}[{int(name in layout.floats)}]")
                 return ast.Subscript(array, ast.BinOp(place, ast.Add(), index), node.ctx)
             if owner in CONSTANTS:
@@ -160,11 +261,19 @@ class _Renamer(ast.NodeTransformer):
                 return ast.Subscript(_read(owner), ast.BinOp(place, ast.Add(), index), node.ctx)
         return ast.Subscript(self.visit(node.value), index, node.ctx)
 
+    def _place(self, owner: str, name: str) -> ast.expr:
+        layout = LAYOUTS[owner]
+        if self.fixed is None:
+            return _read(f"{owner}[0][{layout.place(name)}]")
+        return ast.Constant((self.fixed.state if layout is STATE else self.fixed.wire)[name])
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         owner, name = _owner(node)
         if owner in LAYOUTS:
             return _read(owner if name == "e" else f"{owner}[0]")
         if owner in CONSTANTS:
+            if self.fixed is not None and name in self.fixed.constants:
+                return ast.Constant(self.fixed.constants[name])
             return _read(f"{owner}[{CONSTANTS[owner].index(name)}]")
         if owner in self.modules:
             return ast.Name(f"{owner}_{name}", node.ctx)
@@ -179,7 +288,8 @@ class _Renamer(ast.NodeTransformer):
         node.name = self.names.get(node.name, node.name)
         node.returns = None
         self.generic_visit(node)
-        node.decorator_list = [_read("njit(cache=True, nogil=True)")]
+        inlined = self.fixed is not None and node.name not in CALLED
+        node.decorator_list = [_read("inlined" if inlined else "njit(cache=True, nogil=True)")]
         return node
 
 
@@ -196,7 +306,7 @@ def _read(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
 
 
-def _text(module: ModuleType, prefix: str, rules: dict[str, str]) -> str:
+def _text(module: ModuleType, prefix: str, rules: dict[str, str], fixed: Fixed | None = None) -> str:
     """A module's functions and constants, renamed."""
     assert module.__file__ is not None
     tree = ast.parse(Path(module.__file__).read_text())
@@ -206,7 +316,7 @@ def _text(module: ModuleType, prefix: str, rules: dict[str, str]) -> str:
     names = {node.name: f"{prefix}{node.name}" for node in functions}
     if local:
         names |= {name.id: f"{prefix}{name.id}" for node in constants for name in _targets(node)}
-    renamer = _Renamer(names, {name for name in CORE if name != "plugin"}, rules)
+    renamer = _Renamer(names, {name for name in CORE if name != "plugin"}, rules, fixed)
     kept: list[ast.AST] = [*(constants if local else []), *functions]
     return "\n\n".join(ast.unparse(ast.fix_missing_locations(renamer.visit(node))) for node in kept)
 
@@ -219,9 +329,9 @@ def _is_type(node: ast.Assign) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id == "Any"
 
 
-def _plugin_text(module: ModuleType, kind: str) -> str:
+def _plugin_text(module: ModuleType, kind: str, fixed: Fixed | None) -> str:
     """A plug-in's functions and constants that functions can use, renamed."""
-    text = _text(module, f"{kind}_", {})
+    text = _text(module, f"{kind}_", {}, fixed)
     unused = (
         "SOURCE",
         "OPTIONS",
@@ -243,6 +353,8 @@ def _plugin_text(module: ModuleType, kind: str) -> str:
     ]
     return ast.unparse(tree)
 
+
+INLINED = "inlined = njit(nogil=True, error_model='numpy', forceinline=True)"
 
 DEFAULTS = """
 @njit(cache=True, nogil=True)
@@ -277,24 +389,27 @@ def entry(s, w, c, t, o, ow, oc, ot, rules, ids, rows, tokens, decode, opens, gu
         pointer(lengths), pointer(log), logs, pointer(seen))
 
 @njit(cache=True, nogil=True)
-def step(s, w, c, t, o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns):
-    loop_step(
-        (pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t),
-        (pointer(o[0]), pointer(o[1])), (pointer(ow[0]), pointer(ow[1])), pointer(oc), pointer(ot),
-        rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
-
-@njit(cache=True, nogil=True)
 def left_over(s, w, c, t):
     return loop_unused_bytes((pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t))
 """
 
 
-def source(options: Options) -> str:
-    """The text of the driver for the plug-ins of ``options``."""
+STEP = """
+@njit(cache=True, nogil=True)
+def step(s, w, c, t, o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns):
+    loop_step(
+        (pointer(s[0]), pointer(s[1])), (pointer(w[0]), pointer(w[1])), pointer(c), pointer(t),
+        (pointer(o[0]), pointer(o[1])), (pointer(ow[0]), pointer(ow[1])), pointer(oc), pointer(ot),
+        rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
+"""
+
+
+def source(options: Options, fixed: Fixed | None = None) -> str:
+    """The text of the driver for the plug-ins of ``options``; with ``fixed``, for runs of that shape only."""
     modules = (options.cache.module, options.policy.module, options.miss_rule.module)
     found = map(os.stat, _files(modules))
     stamps = tuple((file.st_mtime_ns, file.st_size) for file in found)
-    return _source(modules, stamps)
+    return _source(modules, stamps, None if fixed is None else json.dumps(fixed))
 
 
 @cache
@@ -304,7 +419,10 @@ def _files(modules: tuple[ModuleType, ModuleType, ModuleType]) -> tuple[str, ...
 
 
 @cache
-def _source(modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tuple[int, int], ...]) -> str:
+def _source(
+    modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tuple[int, int], ...], shape: str | None
+) -> str:
+    fixed = None if shape is None else Fixed(*json.loads(shape))
     plugins = dict(zip(("cache", "policy", "miss"), modules, strict=True))
     wanted = {"score": "cache", "touch": "cache", "admit": "cache", "worth": "policy", "loads": "miss"}
     rules = {name: f"{kind}_{name}" if hasattr(plugins[kind], name) else f"no_{name}" for name, kind in wanted.items()}
@@ -313,23 +431,29 @@ def _source(modules: tuple[ModuleType, ModuleType, ModuleType], stamps: tuple[tu
         "from sim.plugin import Experts, Guess, LinkView, Misses, Now",
         "from sim.pointers import pointer",
         "from sim.state import *",
+        INLINED,
         DEFAULTS,
-        *(_plugin_text(module, kind) for kind, module in plugins.items()),
+        *(_plugin_text(module, kind, fixed) for kind, module in plugins.items()),
     ]
     for name in CORE:
         module = importlib.import_module(f"sim.{name}")
-        parts.append(_text(module, "" if name == "plugin" else f"{name}_", rules))
+        parts.append(_text(module, "" if name == "plugin" else f"{name}_", rules, fixed))
     state = hashlib.sha256((Path(__file__).parent / "state.py").read_bytes()).hexdigest()
-    return "\n\n".join([*parts, ENTRY, f"STATE_SHA256 = {state!r}", ""])
+    return "\n\n".join([*parts, ENTRY, *([STEP] if fixed is None else []), f"STATE_SHA256 = {state!r}", ""])
 
 
-@cache
 def driver(text: str) -> ModuleType:
-    """The compiled functions of one source text.
+    """The compiled functions of one source text; all threads get the same ones, so that they compile once.
 
     Raises:
         SpecError: numba is not installed.
     """
+    with _loading:
+        return _load(text)
+
+
+@cache
+def _load(text: str) -> ModuleType:
     if importlib.util.find_spec("numba") is None:
         raise SpecError(
             "the compiled driver needs numba, which is not installed; install the extra 'fast', or use --driver simpy"
@@ -440,9 +564,12 @@ PassTimes = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 def pass_times(arrays: Arrays, timing: Timing) -> PassTimes:
     """Nanoseconds of a layer's dense part and of the head, for every pass."""
-    tokens = arrays.tokens.tolist()
-    dense = [timing.dense_ns(n, context) for n, context in zip(tokens, arrays.context.tolist(), strict=True)]
-    return np.array(dense, np.int64), np.array([timing.head_ns(n) for n in tokens], np.int64)
+    dense, head = np.empty(len(arrays.tokens), np.int64), np.empty(len(arrays.tokens), np.int64)
+    for n in np.unique(arrays.tokens).tolist():
+        of = arrays.tokens == n
+        dense[of] = timing.all_dense_ns(n, arrays.context[of])
+        head[of] = timing.head_ns(n)
+    return dense, head
 
 
 class Run(NamedTuple):
@@ -453,18 +580,24 @@ class Run(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """One planner's tables, packed: state, link, constants, times."""
+    """One planner's tables: state, link, constants, times."""
 
-    s: Any
-    w: Any
-    c: npt.NDArray[np.int64]
-    t: npt.NDArray[np.int64]
+    s: State
+    w: Wire
+    c: Config
+    t: Times
+
+    def packed(self, fixed: Fixed | None) -> tuple[Any, ...]:
+        """As the compiled functions take them."""
+        state, wire = (None, None) if fixed is None else (fixed.state, fixed.wire)
+        tables = (pack(self.s, STATE, state), pack(self.w, WIRE, wire))
+        return (*tables, np.array(self.c, np.int64), pack_times(self.t))
 
 
 def parts_of(
     model: ModelSpec, options: Options, slots: int, timing: Timing, fitted: Fitted, most_tokens: int, max_guesses: int
-) -> tuple[Parts, Config, int]:
-    """Tables of a fresh planner, its constants, and the most prefetches of one visit."""
+) -> Parts:
+    """Tables of a fresh planner."""
     sizes = group_sizes(model, options, slots, fitted.sizes)
     c = config_of(model, options, sizes, max_guesses, True)
     most = model.num_experts * (model.num_layers if options.pooled else 1)
@@ -474,8 +607,23 @@ def parts_of(
     tables = timing.tables()
     tables.make_room(most_tokens)
     guard.begin_run(s, c)
-    parts = Parts(pack(s, STATE), pack(w, WIRE), np.array(c, np.int64), pack_times(tables.times))
-    return parts, c, len(s.prefetch_x)
+    return Parts(s, w, c, tables.times)
+
+
+USUAL = {"copy_stream": 1, "write_back": 0, "keep_stale": 0, "max_submitted": 2}
+BY_RULES = ("hints", "trust", "guard", "lends", "bypass", "touches", "has_rule", "clock", "layers", "experts", "top_k")
+SPECIALISED_FROM = 20_000  # visits of a run: shorter ones are not worth a driver of their own
+
+
+def fixed_of(own: Parts, shadow: Parts, visits: int) -> Fixed | None:
+    """What a driver for runs like this one has as literals; None where the general driver will do."""
+    known = own.c._asdict() | own.t._asdict()
+    if visits < SPECIALISED_FROM or any(known[name] != value for name, value in USUAL.items()):
+        return None
+    same = {name: getattr(own.c, name) for name in BY_RULES if getattr(own.c, name) == getattr(shadow.c, name)}
+    both = (own, shadow)
+    experts = own.c.layers * own.c.experts
+    return Fixed(USUAL | same, places([p.s for p in both], STATE, experts), places([p.w for p in both], WIRE, experts))
 
 
 def guarded(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -513,15 +661,19 @@ def run(
         CompileError: a plug-in numba cannot compile.
         SpecError: numba is not installed.
     """
-    module = driver(source(options))
-    entry = guarded(module.entry, options)
     a, g = arrays, guesses
-    own, c, most = parts_of(model, options, slots, timing, fitted, a.most_tokens, g.ids.shape[3])
-    shadow = own
+    planner = parts_of(model, options, slots, timing, fitted, a.most_tokens, g.ids.shape[3])
+    other, c, most = planner, planner.c, len(planner.s.prefetch_x)
     if c.guard:
         plain = options.without_prefetching()
         shadow_timing = Timing(timing.machine, timing.model, timing.bits, plain)
-        shadow, _, _ = parts_of(model, plain, slots, shadow_timing, fitted, a.most_tokens, 1)
+        other = parts_of(model, plain, slots, shadow_timing, fitted, a.most_tokens, 1)
+    fixed = fixed_of(planner, other, len(a.rows) * model.num_layers)
+    module = driver(source(options, fixed))
+    entry = guarded(module.entry, options)
+    own = shadow = planner.packed(fixed)
+    if c.guard:
+        shadow = other.packed(fixed)
     layers = model.num_layers
     passes = len(a.rows)
     counts = np.zeros((2, module.loop_TOTAL_COUNTS), np.int64)

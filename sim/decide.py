@@ -463,20 +463,21 @@ def wanted(s: State, c: Config, rules: Rules, layer: int, load_ns: int, chunk_ns
             x = base + s.offer_id[first + rank]
             routed_now = target == layer and s.e.visits[x] == s.layer_visits[layer]
             if s.slot_of[x] < 0 and s.early[x] == 0 and not routed_now:
-                s.candidate_x[found] = x
-                s.candidate_distance[found] = d
-                s.candidate_rank[found] = rank
-                s.candidate_missing[found] = missing
-                s.candidate_nearer[found] = nearer
-                s.candidate_mass[found] = mass
-                s.candidate_score[found] = score
-                worth = worth_of(s, c, rules, found, load_ns, chunk_ns, max_submitted)
+                link = LinkView(s.ahead[d], s.ahead[0], load_ns, chunk_ns, max_submitted, s.window[d])
+                worth = value(s, c, rules, link, x, d, rank, missing, nearer, mass, score)
+                if worth > 0.0:
+                    s.candidate_x[found] = x
+                    s.candidate_distance[found] = d
+                    s.candidate_worth[found] = worth
+                    s.candidate_rank[found] = rank
+                    s.candidate_missing[found] = missing
+                    s.candidate_nearer[found] = nearer
+                    s.candidate_mass[found] = mass
+                    s.candidate_score[found] = score
+                    found += 1
                 missing += 1
                 if rank < c.top_k:
                     missing_first += 1
-                if worth > 0.0:
-                    s.candidate_worth[found] = worth
-                    found += 1
             mass += score
         nearer += missing_first
     return found
@@ -485,22 +486,39 @@ def wanted(s: State, c: Config, rules: Rules, layer: int, load_ns: int, chunk_ns
 def worth_of(s: State, c: Config, rules: Rules, k: int, load_ns: int, chunk_ns: int, max_submitted: int) -> float:
     """What the policy says of candidate ``k`` now."""
     d = s.candidate_distance[k]
-    rank = s.candidate_rank[k]
-    cell = (d - 1) * RANKS + min(rank, RANKS - 1)
-    guess = Guess(
-        s.candidate_score[k],
+    return value(
+        s,
+        c,
+        rules,
+        LinkView(s.ahead[d], s.ahead[0], load_ns, chunk_ns, max_submitted, s.window[d]),
+        s.candidate_x[k],
         d,
-        rank,
+        s.candidate_rank[k],
         s.candidate_missing[k],
         s.candidate_nearer[k],
         s.candidate_mass[k],
-        s.agreed[s.candidate_x[k]],
-        s.seen[cell],
-        s.right[cell],
-        s.claimed[cell],
-        c.top_k,
+        s.candidate_score[k],
     )
-    link = LinkView(s.ahead[d], s.ahead[0], load_ns, chunk_ns, max_submitted, s.window[d])
+
+
+def value(
+    s: State,
+    c: Config,
+    rules: Rules,
+    link: LinkView,
+    x: int,
+    d: int,
+    rank: int,
+    missing: int,
+    nearer: int,
+    mass: float,
+    score: float,
+) -> float:
+    """What the policy says of the guess that x is routed ``d`` layers ahead (see `sim.plugin.Guess`)."""
+    cell = (d - 1) * RANKS + min(rank, RANKS - 1)
+    guess = Guess(
+        score, d, rank, missing, nearer, mass, s.agreed[x], s.seen[cell], s.right[cell], s.claimed[cell], c.top_k
+    )
     worth: float = rules.worth(rules.policy, guess, link)
     return worth
 

@@ -46,6 +46,8 @@ class Operators:
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
         host_expert: like ``expert``, computed on the host.
+        residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
+            evenly spaced from the smallest to the largest; what `sim.noise` jitters timings by. Absent: a stated width.
     """
 
     dense: tuple[float, float, float]
@@ -54,6 +56,7 @@ class Operators:
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
+    residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,22 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         gates=seconds("gates", law.get("gates", ())),
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
+        residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},
     )
+
+
+RESIDUALS = ("dense", "expert", "host", "link")
+
+
+def _ratios(where: str, values: Any) -> tuple[float, ...]:
+    if where.rpartition(".")[2] not in RESIDUALS:
+        raise SpecError(f"{where} is of no operator; residuals are of {', '.join(RESIDUALS)}")
+    if not isinstance(values, list | tuple) or len(values) < 2:
+        raise SpecError(f"{where} is {values!r}; it must be a list of at least two quantiles of measured / predicted")
+    ratios = tuple(_positive(where, value) for value in values)
+    if list(ratios) != sorted(ratios) or ratios[0] <= 0:
+        raise SpecError(f"{where} must be above 0 and rise from quantile to quantile")
+    return ratios
 
 
 def _positive(name: str, value: Any) -> float:

@@ -1,23 +1,30 @@
-"""Which differences between settings a trace can tell: its tokens in blocks, drawn again with replacement.
+"""Which differences between settings can be told: tokens in blocks drawn again with replacement, and jittered timings.
 
-Two settings replay the same tokens, so their difference is resampled in pairs: the same blocks for both. Profiles carry
-no residuals of their timings yet; so far the noise is that of the sequences alone, and `SOURCE_OF_NOISE` says so.
+Two settings replay the same tokens on the same machine, so their difference is resampled in pairs: the same blocks, and
+the same error of every operator, for both. An operator's error is drawn from the profile's residuals
+(`sim.machine.Operators.residuals`), or, where it has none, from a normal distribution `DEFAULT_WIDTH` wide. It
+stretches the operator's share of the time per token; what waiting then moves behind compute or out again is left out.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from sim.machine import RESIDUALS
 from traces import DECODE, Trace
 
 BLOCKS = 32
 MOST_BLOCKS = 64
 SEEDS = 200
-SOURCE_OF_NOISE = "sequence resampling only; the profile has no residuals of its timings"
+OPERATORS = RESIDUALS
+QUANTILES = 21
+DEFAULT_WIDTH = 0.03  # standard deviation of measured / predicted, assumed where a profile has no residuals
+DEFAULT_RATIOS = tuple(NormalDist(1.0, DEFAULT_WIDTH).inv_cdf((k + 0.5) / QUANTILES) for k in range(QUANTILES))
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,8 +81,29 @@ def resampled(block_ns: Floats, block_tokens: Floats, seed: int) -> Floats:
     return (block_ns @ weights) / np.maximum(1, block_tokens @ weights)
 
 
+def jitter(residuals: dict[str, list[float]], seed: int) -> Floats:
+    """Ratio of measured to predicted time of every operator in every resample, [OPERATORS, SEEDS]."""
+    drawn = np.random.default_rng([seed, SEEDS]).random((len(OPERATORS), SEEDS))
+    ratios = np.empty_like(drawn)
+    for k, name in enumerate(OPERATORS):
+        quantiles = residuals.get(name) or DEFAULT_RATIOS
+        ratios[k] = np.interp(drawn[k], np.linspace(0, 1, len(quantiles)), quantiles)
+    return ratios
+
+
+def source(record: dict[str, Any]) -> str:
+    """What the noise is made of, in words."""
+    if "shares" not in record:
+        return "sequence resampling only"
+    measured = [name for name in OPERATORS if record.get("residuals", {}).get(name)]
+    assumed = [name for name in OPERATORS if name not in measured]
+    parts = [f"residuals of {', '.join(measured)} from the profile"] if measured else []
+    parts += [f"{DEFAULT_WIDTH:.0%} assumed for {', '.join(assumed)}"] if assumed else []
+    return f"sequence resampling and timing jitter: {'; '.join(parts)}"
+
+
 def differences(records: list[dict[str, Any]], reference: int, seed: int = 0) -> list[Difference]:
-    """Of every record from that at index ``reference``; all must have replayed the same tokens."""
+    """Of every record from that at index ``reference``; all must have replayed the same tokens on one machine."""
     block_ns = np.array([record["blocks"]["ns"] for record in records], np.float64)
     tokens = np.array(records[reference]["blocks"]["tokens"], np.float64)
     means = block_ns.sum(axis=1) / max(1.0, tokens.sum())
@@ -83,6 +111,8 @@ def differences(records: list[dict[str, Any]], reference: int, seed: int = 0) ->
     if len(tokens) < 2:
         return [Difference(float(value), None, None) for value in relative]
     drawn = resampled(block_ns, tokens, seed)
+    shares = np.array([[record.get("shares", {}).get(name, 0.0) for name in OPERATORS] for record in records])
+    drawn *= 1 + shares @ (jitter(records[reference].get("residuals", {}), seed) - 1)
     low, high = np.percentile(drawn / drawn[reference] - 1, [2.5, 97.5], axis=1)
     rows = zip(relative.tolist(), low.tolist(), high.tolist(), strict=True)
     return [Difference(*row) for row in rows]

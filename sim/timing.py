@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sim.link import ChunkTimes
 from sim.machine import HardwareProfile, LinkProfile
@@ -139,6 +143,12 @@ class Timing:
             self._dense_of = (n, context)
             self._dense_ns = ns(self._dense_s(n, context))
         return self._dense_ns
+
+    def all_dense_ns(self, n: int, context: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`dense_ns` of many contexts, the same to the bit: the law is arithmetic in ``context``."""
+        seconds: Any = self._dense_s(n, context)  # type: ignore[arg-type]  # an array does as well
+        found: npt.NDArray[np.int64] = np.rint(np.broadcast_to(seconds * 1e9, context.shape)).astype(np.int64)
+        return found
 
     def routed_ns(self, n: int, context: int, looks: bool) -> int:
         """From the start of a visit until the host knows the routing, and the guesses if somebody ``looks`` at them."""

@@ -240,8 +240,32 @@ def record(case: Case) -> dict[str, Any]:
         "driver": driver,
         "bounds": known,
         "scaled": scaled(setting, result),
+        "shares": shares(ledger, laws, of, setting.model.num_layers),
+        **_residuals(setting),
         "blocks": {"ns": noise.block_sums(of.starts, lengths).tolist(), "tokens": of.block_tokens},
     }
+
+
+def shares(ledger: Ledger, laws: Laws, of: Shared, layers: int) -> dict[str, float]:
+    """Of the decode passes' time: dense part and head, experts, planning, and waiting for the link (or the host)."""
+    counts = ledger.phases[1]
+    elapsed = max(1, counts.elapsed_ns)
+    decode = of.arrays.decode > 0
+    dense_ns = int((layers * laws.times[0] + laws.times[1])[decode].sum())
+    parts = {
+        "dense": dense_ns,
+        "expert": counts.compute_ns - dense_ns,
+        "host": counts.latency_ns,
+        "link": counts.stall_miss_ns + counts.stall_late_ns,
+    }
+    return {name: round(ns / elapsed, 6) for name, ns in parts.items()}
+
+
+def _residuals(setting: Setting) -> dict[str, dict[str, list[float]]]:
+    laws = setting.machine.operators.get(setting.model.name)
+    if laws is None or not laws.residuals:
+        return {}
+    return {"residuals": {name: list(ratios) for name, ratios in laws.residuals.items()}}
 
 
 def _references(case: Case, setting: Setting) -> dict[str, float | None]:

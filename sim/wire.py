@@ -228,8 +228,8 @@ def begin_on_host(w: Wire, t: Times, at: int) -> None:
     i[HOST_NEXT] = i[HOST_END] if i[HOST_LEN] else NEVER
 
 
-def backlog_ns(w: Wire, t: Times, target: int) -> int:
-    """Time from now until the link is through with demand loads, and prefetches for visits up to ``target``."""
+def backlog_ns(w: Wire, t: Times) -> int:
+    """Time from now until the link is through with what is submitted and with demand loads."""
     i = w.i
     ns = 0 if i[HEAD_END] == NEVER else i[HEAD_END] - i[LINK_NOW]
     if i[FIFO_LEN] > 1:
@@ -237,10 +237,6 @@ def backlog_ns(w: Wire, t: Times, target: int) -> int:
     for k in range(i[DEMAND_LEN]):
         copy = w.demand[i[DEMAND_HEAD] + k]
         ns += (w.unsubmitted[copy] - 1) * t.full_ns + t.last_ns
-    for k in range(i[EARLY_LEN]):
-        copy = w.early[k]
-        if w.target[copy] <= target:
-            ns += (w.unsubmitted[copy] - 1) * t.full_ns + t.last_ns
     return ns
 
 
@@ -268,17 +264,19 @@ def finish_head(w: Wire, t: Times) -> None:
     i = w.i
     copy = w.fifo[0]
     end = i[HEAD_END]
-    i[FIFO_LEN] -= 1
-    for k in range(i[FIFO_LEN]):
+    left = i[FIFO_LEN] - 1
+    i[FIFO_LEN] = left
+    for k in range(left):
         w.fifo[k] = w.fifo[k + 1]
     i[BUSY] += i[HEAD_NS]
-    w.unfinished[copy] -= 1
-    if w.unfinished[copy] == 0:
+    unfinished = w.unfinished[copy] - 1
+    w.unfinished[copy] = unfinished
+    if unfinished == 0:
         if w.cancelled[copy]:
             free_copy(w, copy)
         else:
             w.done[copy] = end
-    if i[FIFO_LEN]:
+    if left:
         start(w, t, end)
     else:
         i[HEAD_END] = NEVER
@@ -330,10 +328,9 @@ def jump(w: Wire, t: Times, limit: int) -> None:
     for k in range(1, t.max_submitted):
         if w.fifo[k] != head:
             return
-    skip = (limit - i[HEAD_END] - 1) // t.full_ns
-    most = w.unsubmitted[head] if t.max_submitted > 1 else w.unsubmitted[head] - 1
-    if skip > most:
-        skip = most
+    skip = w.unsubmitted[head] if t.max_submitted > 1 else w.unsubmitted[head] - 1
+    if skip * t.full_ns >= limit - i[HEAD_END]:
+        skip = (limit - i[HEAD_END] - 1) // t.full_ns
     if skip <= 0:
         return
     w.unsubmitted[head] -= skip

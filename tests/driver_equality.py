@@ -1,4 +1,7 @@
-"""Compare the compiled with the SimPy driver: `python tests/driver_equality.py 10000 --out FILE`."""
+"""Compare the compiled with the SimPy driver: `python tests/driver_equality.py 10000 --out FILE`.
+
+With `--specialised`: the drivers of long runs, which have the shape of a run as literals, on settings of one shape.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from conftest import random_setting  # noqa: E402 (after the path)
-from test_compiled import all_of  # noqa: E402
+from test_compiled import SPECIALISED, all_of, specialised_setting  # noqa: E402
 
+from sim import compiled  # noqa: E402
 from sim.experiment import compiled_replay, replay  # noqa: E402
 
 
@@ -20,12 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the compiled with the SimPy driver on random settings.")
     parser.add_argument("settings", type=int)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--specialised", action="store_true")
     args = parser.parse_args()
+    if args.specialised:
+        compiled.SPECIALISED_FROM = 0
     rules: Counter[str] = Counter()
     loads = visits = 0
     different = []
     for seed in range(args.settings):
-        setting = random_setting(seed)
+        policy, guard = SPECIALISED[seed % len(SPECIALISED)]
+        setting = specialised_setting(policy, guard, seed) if args.specialised else random_setting(seed)
         run = setting.options
         rules[f"{run.policy.name} {run.cache.name} {run.miss}"] += 1
         slow = replay(setting)
@@ -36,7 +44,7 @@ def main() -> None:
         if seed % 500 == 499:
             print(f"{seed + 1} settings, {len(different)} differ", file=sys.stderr)
     document = {
-        "command": f"python tests/driver_equality.py {args.settings}",
+        "command": f"python tests/driver_equality.py {args.settings}{' --specialised' if args.specialised else ''}",
         "compared": "counts, every pass in nanoseconds, sha256 of the load log",
         "settings": args.settings,
         "visits": visits,

@@ -10,6 +10,7 @@ import pytest
 from conftest import random_trace
 
 from sim import choice, noise
+from sim.machine import HardwareProfile, machine_from
 from sim.run import read_choice
 from sim.spec import SpecError
 
@@ -105,3 +106,33 @@ def test_blocks_cover_every_decode_pass_once() -> None:
         assert len(starts) == blocks and starts[0] == 0 and (np.diff(starts) > 0).all()
         values = np.arange(sequences * length)
         assert noise.block_sums(starts, values).sum() == values.sum()
+
+
+def test_timing_jitter_blurs_what_differs_in_kind_alone() -> None:
+    """1 % apart on the same blocks: a difference if both spend alike, none where one waits and the other computes."""
+    base = noisy(1, 1e6)
+    slower = record(1, 1, [int(ns * 1.01) for ns in base])
+    waits = {"dense": 0.2, "expert": 0.2, "host": 0.1, "link": 0.5}
+    plans = {"dense": 0.2, "expert": 0.2, "host": 0.5, "link": 0.1}
+    first = record(0, 1, base) | {"shares": waits}
+    assert noise.differences([first, slower | {"shares": waits}], 0)[1].real
+    assert not noise.differences([first, slower | {"shares": plans}], 0)[1].real
+    exact = {"residuals": {name: [1.0, 1.0] for name in noise.OPERATORS}}
+    assert noise.differences([first | exact, slower | {"shares": plans} | exact], 0)[1].real
+    assert "3% assumed" in noise.source(first) and "from the profile" in noise.source(first | exact)
+
+
+def test_residuals_of_a_profile_are_read_and_checked() -> None:
+    law = {"dense": [1e-3, 0, 0], "expert": {"4": [1e-3, 0]}, "head": [1e-3, 0]}
+    link = dict.fromkeys(("h2d_gb_s", "d2h_gb_s", "h2d_duplex_gb_s"), 1.0) | {"h2d_fixed_s": 0.0, "d2h_fixed_s": 0.0}
+    values = {"name": "m", "vram_gb": 1, "host_gb": 1, "link": link}
+
+    def load(residuals: dict[str, Any]) -> HardwareProfile:
+        return machine_from(values | {"operators": {"x": law | {"residuals": residuals}}}, "MEASURED", {})
+
+    machine = load({"dense": [0.9, 1.0, 1.2]})
+    assert machine.operators["x"].residuals == {"dense": (0.9, 1.0, 1.2)}
+    assert machine_from(machine.to_json()["machine"], "MEASURED", {}) == machine
+    for wrong in ({"dense": [1.2, 0.9]}, {"dense": [1.0]}, {"gpu": [1.0, 1.0]}, {"dense": [0.0, 1.0]}):
+        with pytest.raises(SpecError, match="residuals"):
+            load(wrong)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_setting
+from conftest import random_setting, random_trace, round_machine
 
 from sim import compiled
 from sim.experiment import Experiment, Setting, compiled_replay, replay
 from sim.ledger import Ledger
+from sim.spec import options
 
 pytest.importorskip("numba", reason="the compiled driver needs the extra 'fast'")
 
@@ -105,3 +107,38 @@ def test_what_numba_cannot_compile_runs_in_simpy_and_says_so(
         registry.plugins.cache_clear()
     assert found["driver"] == "simpy"
     assert "numba cannot compile" in capsys.readouterr().err
+
+
+SPECIALISED = [("next_layer", 0), ("speculative:lookahead=2,min_score=0.05", 1)]
+
+
+def specialised_setting(policy: str, guard: int, seed: int) -> Setting:
+    """A random setting of one shape, with the usual switches: what a driver of its own is compiled for."""
+    draw = random.Random(seed)
+    prefill = draw.choice([0, 3, 6])
+    trace = random_trace(seed, sequences=3, length=12, prefill=prefill, layers=3, experts=6, top_k=2)
+    keys = {
+        "guard": guard,
+        "landing_slots": draw.choice([1, 2, 5]),
+        "stream_slots": draw.choice([1, 2, 3]),
+        "chunk_bytes": draw.choice([0, -16, -3, 1000, 5000, 13824]),
+    }
+    text = policy + ("," if ":" in policy else ":") + ",".join(f"{key}={value}" for key, value in keys.items())
+    machine = round_machine(wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]))
+    return Setting(trace, machine, trace.model, 4, draw.randint(2, 6), options(text), draw.random() < 0.4)
+
+
+@pytest.mark.parametrize(("policy", "guard"), SPECIALISED)
+def test_a_specialised_driver_is_equal_too(policy: str, guard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long runs get a driver with their shape as literals; here short ones do, and the general driver is not used."""
+    used: dict[str, None] = {}
+    general = compiled.source
+    monkeypatch.setattr(compiled, "SPECIALISED_FROM", 0)
+    monkeypatch.setattr(
+        compiled, "source", lambda run, fixed=None: used.setdefault(general(run, fixed)) or general(run, fixed)
+    )
+    for seed in range(40):
+        setting = specialised_setting(policy, guard, seed)
+        assert all_of(compiled_replay(setting)) == all_of(replay(setting)), setting.options.text
+    assert len(used) == 1
+    assert not any(general(options(policy)) == text for text in used)

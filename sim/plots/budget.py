@@ -17,6 +17,7 @@ NEEDS = ("tpot_s", "prefetch_precision", "h2d_bytes", "decode_tokens", "landing_
 VARIES = ("landing_slots",)
 SIZE = (7.4, 6.0)
 MOST = 5
+LEAST_SPAN = 0.05  # of the axis of times, as a share of its upper end
 
 
 def gb_per_token(run: Record) -> float:
@@ -55,6 +56,9 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
         above.plot(at[best], tpot_ms[best], "o", ms=12, mfc="none", mec=style["color"], mew=1.6, label="_")
         notes.append(verdict(name, at, tpot_ms, best, by_slots))
         points += len(at)
+    low, high = above.get_ylim()
+    if high - low < LEAST_SPAN * high:  # or differences of nothing fill the picture
+        above.set_ylim((low + high) / 2 - LEAST_SPAN * high / 2, (low + high) / 2 + LEAST_SPAN * high / 2)
     loses(above, without_prefetch(runs, budget))
     above.set(title="Where prefetching starts to hurt", ylabel="time per output token (ms)")
     below.set(ylabel="share of loads", ylim=(0, 1.03))
@@ -105,4 +109,5 @@ def verdict(name: str, at: list[float], tpot_ms: list[float], best: int, by_slot
     text = f"{name} (ring) is fastest at {at[best]:.3g} {unit}"
     if best == len(at) - 1:
         return f"{text}, the largest budget tried."
-    return f"{text}; at {at[-1]:.3g} it is {(tpot_ms[-1] / tpot_ms[best] - 1) * 100:.1f} % slower."
+    slower = f"{(tpot_ms[-1] / tpot_ms[best] - 1) * 100:.1f} %"
+    return f"{text}; at {at[-1]:.3g} it is {'no' if slower == '0.0 %' else slower} slower."

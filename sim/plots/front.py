@@ -78,8 +78,10 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
                           color=colour)  # fmt: skip
     for number, name in enumerate(names):
         axes.plot([], [], linestyle="", marker=MARKERS[number], color="0.3", mfc="white", label=name)
-    axes.set(xlabel="VRAM (GB)", ylabel="tokens/s", title="Speed against memory: Pareto fronts", ylim=(0, None))
-    axes.margins(x=0.1)
+    axes.set(xlabel="VRAM (GB)", ylabel="tokens/s", title="Speed against memory: Pareto fronts")
+    left, right = min(x for x, _ in places), max(x for x, _ in places)
+    span = (right - left) or 1.0
+    axes.set(xlim=(left - 0.22 * span, right + 0.08 * span), ylim=(0, 1.08 * max(y for _, y in places)))  # for labels
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper")
     notes = ["Line and filled marks: no result of that width is faster with as little VRAM."]

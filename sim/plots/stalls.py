@@ -60,7 +60,7 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     for row, name in enumerate(names):
         text = f"{bars[name]['tpot_s'] * 1e3:.1f} ms, {bars[name]['tokens_per_s']:.1f} tokens/s"
         axes.annotate(text, (left[row], row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set(xlabel="time per output token (ms)", title="Where the time of a token goes", xlim=(0, max(left) * 1.3))
+    axes.set(xlabel="time per output token (ms)", title="Where the time of a token goes", xlim=(0, max(left) * 1.4))
     axes.tick_params(axis="y", length=0)
     handles, labels = axes.get_legend_handles_labels()
     ordered = sorted(zip(labels, handles, strict=True), key=lambda item: item[0].startswith("joint"))

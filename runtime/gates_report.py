@@ -171,7 +171,12 @@ def draw(reports: Sequence[dict[str, Any]], top_k: int, path: Path) -> None:
         style = ":" if name in ID_ONLY else "-"
         color = f"C{number}"
         left.plot(
-            distances, [mean(by_text["all"], d, top_k) * 100 for d in distances], style, marker="o", color=color, label=name
+            distances,
+            [mean(by_text["all"], d, top_k) * 100 for d in distances],
+            style,
+            marker="o",
+            color=color,
+            label=name,
         )
         if name not in ID_ONLY:
             nearest = [None if row[top_k - 1] is None else row[top_k - 1] * 100 for row in by_text["all"][0]]

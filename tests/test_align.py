@@ -51,14 +51,16 @@ def linear_task(tokens: int = 3000, noise: float = 0.0, seed: int = 0) -> tuple[
     return both.rows(index[index % 8 > 0]), both.rows(index[index % 8 == 0]), start
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_linear_router_is_learned(loss) -> None:
-    """From a wrong start, every loss finds a router that is linear in what the head sees."""
+@pytest.mark.parametrize(("loss", "least"), [("kl", 0.98), ("ranking", 0.95), ("top_k", 0.88)])
+def test_a_linear_router_is_learned(loss, least) -> None:
+    """From a wrong start, every loss finds a router that is linear in what the head sees; KL its softmax too, while
+    cross-entropy on the routed experts, which asks for equal shares of these, draws the border elsewhere."""
+    assert {"kl", "ranking", "top_k"} == set(LOSSES)
     ours, held, start = linear_task()
     heads, kept = fit.align(ours, held, [start], Fitting(loss, epochs=40, rate=0.2), 0)
     assert kept == [-1, -1]
     assert float(fit.recall(start.logits(held.hidden), held.ids, 2).max()) < 0.8
-    assert float(fit.recall(heads.logits(held.hidden), held.ids, 2).min()) > 0.95
+    assert float(fit.recall(heads.logits(held.hidden), held.ids, 2).min()) > least
 
 
 def test_a_head_that_does_not_beat_its_start_keeps_it() -> None:

@@ -20,7 +20,7 @@ from runtime.lookahead import Heads, Trunk, inclusion
 BATCH = 512
 PATIENCE = 3  # epochs without a better held-out loss
 BINS = 15
-TEMPERATURES = tuple(2 ** (i / 8) for i in range(-16, 17))  # 1/4 to 4
+TEMPERATURES = tuple(2 ** (i / 8) for i in range(-32, 17))  # 1/16 to 4
 
 
 class Sample(NamedTuple):

@@ -1,0 +1,188 @@
+"""Gate alignment: fitted heads say what later routers said, and never less than what they started from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the engine needs the runtime extra")
+transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
+
+from runtime import activations, align, corpus, fit, gates, models, record, train  # noqa: E402 (after the check above)
+from runtime.fit import LOSSES, Fitting, Sample  # noqa: E402
+from runtime.lookahead import Heads  # noqa: E402
+
+LAYERS, EXPERTS, HIDDEN = 3, 4, 64
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = [f"def f{i % 97}(a, b{i % 7}):\n    return a * {i % 13} + b{i % 7}\n" for i in range(6000)]
+    path = tmp_path_factory.mktemp("text") / "code.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(3)
+    torch.set_num_threads(1)
+    tokenizer = train.train_tokenizer(corpus.load([text]), 300)
+    shape = train.config(tokenizer.get_vocab_size(), LAYERS, HIDDEN, ffn=64, experts=EXPERTS, top_k=2)
+    shape.initializer_range = 0.2
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    train.save_model(model, tokenizer, out)
+    return out
+
+
+def linear_task(tokens: int = 3000, noise: float = 0.0, seed: int = 0) -> tuple[Sample, Sample, Heads]:
+    """Routers that are linear in the input, and another head to start from."""
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.randn(2, 5, 8, generator=generator)
+    hidden = torch.randn(tokens, 8, generator=generator)
+    logits = torch.einsum("deh,nh->nde", true, hidden) + noise * torch.randn(tokens, 2, 5, generator=generator)
+    both = Sample(hidden, logits, logits.topk(2, -1).indices)
+    index = torch.arange(tokens)
+    start = Heads(torch.randn(2, 5, 8, generator=generator))
+    return both.rows(index[index % 8 > 0]), both.rows(index[index % 8 == 0]), start
+
+
+@pytest.mark.parametrize(("loss", "least"), [("kl", 0.98), ("ranking", 0.95), ("top_k", 0.88)])
+def test_a_linear_router_is_learned(loss, least) -> None:
+    """From a wrong start, every loss finds a router that is linear in what the head sees; KL its softmax too, while
+    cross-entropy on the routed experts, which asks for equal shares of these, draws the border elsewhere."""
+    assert {"kl", "ranking", "top_k"} == set(LOSSES)
+    ours, held, start = linear_task()
+    heads, kept = fit.align(ours, held, [start], Fitting(loss, epochs=40, rate=0.2), 0)
+    assert kept == [-1, -1]
+    assert float(fit.recall(start.logits(held.hidden), held.ids, 2).max()) < 0.8
+    assert float(fit.recall(heads.logits(held.hidden), held.ids, 2).min()) > least
+
+
+def test_a_head_that_does_not_beat_its_start_keeps_it() -> None:
+    """Trained on noise, the start stays: at the distance where it is right, and not elsewhere."""
+    ours, held, start = linear_task()
+    right = Heads(torch.linalg.lstsq(ours.hidden, ours.logits.flatten(1)).solution.T.reshape(2, 5, 8))
+    noisy = ours._replace(logits=torch.randn_like(ours.logits))
+    heads, kept = fit.align(noisy, held, [right, start], Fitting(epochs=2), 0)
+    assert kept == [0, 0]
+    assert torch.equal(heads.weight, right.weight.half().float())
+
+
+def test_a_trunk_learns_what_no_linear_head_can() -> None:
+    """A router on the product of two inputs: linear heads cannot say, a trunk can; heads stay as they are."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(6000, 4, generator=generator)
+    product = hidden[:, :1] * hidden[:, 1:2]
+    logits = torch.cat([product, -product, torch.full_like(product, -9.0)], 1)[:, None] * 3
+    both = Sample(hidden, logits, logits.topk(1, -1).indices)
+    index = torch.arange(6000)
+    ours, held = both.rows(index[index % 8 > 0]), both.rows(index[index % 8 == 0])
+    heads = Heads(torch.zeros(1, 3, 4), torch.zeros(1, 3))
+    trunk = fit.add_trunk(ours, held, heads, 32, Fitting(epochs=12, rate=2e-2), 0)
+    said = heads.logits(held.hidden) + trunk.logits(held.hidden).view(-1, 1, 3)
+    assert float(fit.recall(heads.logits(held.hidden), held.ids, 1)) < 0.7
+    assert float(fit.recall(said, held.ids, 1)) > 0.9
+
+
+def test_recall_and_calibration_error_by_hand() -> None:
+    scores = torch.tensor([[[0.9, 0.8, 0.2, 0.1]], [[0.9, 0.1, 0.8, 0.2]]])
+    ids = torch.tensor([[[0, 1]], [[0, 1]]])
+    assert fit.recall(scores, ids, 1).tolist() == [0.5]
+    assert fit.recall(scores, ids, 2).tolist() == [0.75]
+    # bins of 1/15: 0.9 said twice, right twice; 0.8 once right in two; 0.2 never; 0.1 once in two
+    wanted = (2 * 0.1 + abs(2 * 0.8 - 1) + 2 * 0.2 + abs(2 * 0.1 - 1)) / 8
+    assert fit.calibration_error(scores, ids) == pytest.approx(wanted, abs=1e-6)
+    best = (2 * 0.1 + abs(2 * 0.8 - 1)) / 4
+    assert fit.calibration_error(scores, ids, 2) == pytest.approx(best, abs=1e-6)
+
+
+def test_temperatures_make_sharp_logits_honest() -> None:
+    """Logits three times too large for how often they are right get a temperature near three."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(20_000, 1, 6, generator=generator)
+    drawn = torch.multinomial(logits[:, 0].softmax(-1), 1, generator=generator)[:, None]
+    found = fit.temperatures(3 * logits, drawn)
+    assert 2.5 < float(found) < 3.5
+
+
+def test_windows_are_spread_and_alternate(model_dir, text) -> None:
+    _, tokenizer = models.load(model_dir)
+    domain = corpus.load([text])[0]
+    found = activations.windows([domain.train, domain.held_out], tokenizer, 2048, 256)
+    assert [w.domain for w in found] == [0, 1] * 4
+    assert all(len(w.tokens) == 256 for w in found)
+    assert len({tuple(w.tokens) for w in found}) == 8
+    with pytest.raises(ValueError, match="give each of 2 texts a window of 256"):
+        activations.windows([domain.train, domain.held_out], tokenizer, 300, 256)
+
+
+def test_collecting_goes_on_where_it_stopped(model_dir, text, tmp_path, monkeypatch) -> None:
+    """Killed after some windows, a second call reads the rest only; the tables are those of an undisturbed run."""
+    _, tokenizer = models.load(model_dir)
+    texts = activations.windows([corpus.load([text])[0].train], tokenizer, 2560, 32)
+    whole = activations.collect(model_dir, texts, 4, tmp_path / "whole", progress=False)
+    assert np.array_equal(whole.logits[0].argmax(-1), whole.ids[0][:, 0])
+    assert whole.first.sum() == len(texts)
+    read = activations._passes
+
+    def killed(model, part, *rest):
+        for number, seen in enumerate(read(model, part, *rest)):
+            if number == 70:
+                raise KeyboardInterrupt
+            yield seen
+
+    monkeypatch.setattr(activations, "_passes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        activations.collect(model_dir, texts, 4, tmp_path / "cut", progress=False)
+    asked = []
+
+    def counted(model, part, *rest):
+        asked.append(len(part))
+        return read(model, part, *rest)
+
+    monkeypatch.setattr(activations, "_passes", counted)
+    again = activations.collect(model_dir, texts, 4, tmp_path / "cut", progress=False)
+    assert asked == [len(texts) - 64]
+    for name in ("inputs", "logits", "ids"):
+        assert np.array_equal(getattr(again, name), getattr(whole, name))
+
+
+def test_align_then_record(model_dir, text, tmp_path, capsys) -> None:
+    """The command: no trained head recalls less than the router on its own tokens; the same seed gives the same file;
+    model files are untouched; `runtime.record` takes its gates."""
+    files = {p.name: p.read_bytes() for p in model_dir.iterdir()}
+    flags = ["--model", str(model_dir), "--corpus", str(text), "--tokens", "6000", "--held-out-tokens", "1024"]
+    flags += ["--lookahead", "2", "--width", "4", "--epochs", "3", "--out"]
+    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for out in outs:
+        assert align.main([*flags, str(out)]) == 0
+    header = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == files
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    first, second = map(gates.load, outs)
+    assert all(torch.equal(t, second.tensors[n]) for n, t in first.tensors.items())
+    assert header["lookahead"] == 2
+    assert [len(row) for row in header["recall"]["aligned"]] == [2, 1]
+    assert np.mean(header["recall"]["aligned"][0]) > np.mean(header["recall"]["router"][0]) - 0.02
+    asked = record.rungs_asked(["all"], model_dir, outs[0])
+    trace = record.record(model_dir, [record.prompts.Prompt("def f1(a", "code")], 4, lookahead=2,
+                          predictors=asked, gates_file=outs[0])  # fmt: skip
+    assert tuple(trace.guesses) == ("router", "router_norm", "router_mean", "aligned", "mlp")
+
+
+def test_bad_input_is_one_sentence(model_dir, text, tmp_path, capsys) -> None:
+    flags = ["--model", str(model_dir), "--corpus", str(text)]
+    for more, message in (
+        (["--out", str(tmp_path / "none" / "g")], "its folder does not exist"),
+        (["--out", str(tmp_path / "g"), "--lookahead", "0"], "--lookahead is 0"),
+        (["--out", str(tmp_path / "g"), "--tokens", "300"], "windows; 8 are needed"),
+    ):
+        assert align.main([*flags, *more]) == 2
+        found = capsys.readouterr().err
+        assert message in found and found.startswith("runtime.align: ")
+    assert not (tmp_path / "g").exists()

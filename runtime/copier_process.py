@@ -93,7 +93,7 @@ class Chunk:
     """Submitted: bytes ``offset`` to ``offset + size`` of the load's expert, all there by ``end_ns``.
 
     ``late`` (links that watch only): it was not copied when it was due, so it ends when it is seen to be copied,
-    ``late_ns`` after that. ``ticket`` is the submitter's own.
+    ``late_ns`` after that. ``ticket`` and ``submitted_ns`` are the submitter's own.
     """
 
     request: Request
@@ -105,6 +105,7 @@ class Chunk:
     late: bool = False
     late_ns: int = 0
     ticket: Any = None
+    submitted_ns: int = 0
 
 
 @dataclass(slots=True)

@@ -212,6 +212,7 @@ class _Worker(threading.Thread):
         self._out: list[tuple[int, int, int, bytes]] = []
         self._drains: list[int] = []  # tokens still to answer
         self._as_of_ns = 0  # the time the links are told; copies are looked at after it
+        self._told_ns = 0  # end of the last chunk
         self._late_chunks = 0
         self._worst_late_ns = 0
 
@@ -297,14 +298,15 @@ class _Worker(threading.Thread):
 
     def _ended(self, chunk: Chunk) -> None:
         self._note(chunk)
+        self._told_ns = max(self._told_ns, self._as_of_ns if chunk.behind else chunk.end_ns)
         if chunk.last:
-            self._out.append((wire.ARRIVAL, chunk.request.load, chunk.end_ns, b""))
+            self._out.append((wire.ARRIVAL, chunk.request.load, self._told_ns, b""))
 
     def _note(self, chunk: Chunk) -> None:
         paced = (self._d2h if chunk.kind == wire.WRITE_BACK else self._h2d).bytes_per_s is not None
-        if chunk.late and paced:
+        if paced and (chunk.late or chunk.behind):
             self._late_chunks += 1
-            self._worst_late_ns = max(self._worst_late_ns, chunk.late_ns)
+            self._worst_late_ns = max(self._worst_late_ns, chunk.late_ns, self._as_of_ns - chunk.end_ns)
 
     def _answer_drains(self, now: int) -> None:
         if self._drains and not any(link.submitted for link in self._links):
@@ -326,10 +328,10 @@ def _whole(bytes_per_s: float) -> int | None:
 
 
 def _submitted(chunk: Chunk, ticket: Ticket) -> None:
-    """Note when; a chunk submitted only after it was due ends when it is seen to be copied."""
+    """Note when; a chunk of a paced link may be submitted only after it was due."""
     chunk.ticket = ticket
     chunk.submitted_ns = time.monotonic_ns()
-    chunk.late = chunk.late or chunk.submitted_ns > chunk.end_ns
+    chunk.behind = not chunk.late and chunk.submitted_ns > chunk.end_ns  # unpaced ones are late from the start
 
 
 def _mover(store: Rows, slots: Rows, stream: CopyStream) -> Any:

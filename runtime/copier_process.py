@@ -93,7 +93,8 @@ class Chunk:
     """Submitted: bytes ``offset`` to ``offset + size`` of the load's expert, all there by ``end_ns``.
 
     ``late`` (links that watch only): it was not copied when it was due, so it ends when it is seen to be copied,
-    ``late_ns`` after that. ``ticket`` is the submitter's own.
+    ``late_ns`` after that; unless it was submitted ``behind`` its time, for which a paced link makes up.
+    ``ticket`` and ``submitted_ns`` are the submitter's own.
     """
 
     request: Request
@@ -105,6 +106,8 @@ class Chunk:
     late: bool = False
     late_ns: int = 0
     ticket: Any = None
+    submitted_ns: int = 0
+    behind: bool = False
 
 
 @dataclass(slots=True)
@@ -201,6 +204,7 @@ class Link:
             return False
         if chunk.late:
             chunk.late_ns = now_ns - chunk.end_ns
+        if chunk.late and not chunk.behind:
             self._end_ns += chunk.late_ns
             for each in self._submitted:
                 each.end_ns += chunk.late_ns

@@ -206,11 +206,13 @@ class _Worker(threading.Thread):
         self.ended = False
         self.failure = ""
         self._max_submitted = limits[1]
-        self._h2d = Link(*sizes, paces[0], *limits, move, _took, self._ended)
-        self._d2h = Link(*sizes, paces[1], *limits, move_back, _took, self._note)
+        self._h2d = Link(*sizes, paces[0], *limits, move, self._took, self._ended)
+        self._d2h = Link(*sizes, paces[1], *limits, move_back, self._took, self._note)
         self._links = (self._h2d, self._d2h)
         self._out: list[tuple[int, int, int, bytes]] = []
         self._drains: list[int] = []  # tokens still to answer
+        self._as_of_ns = 0  # the time the links are told; copies are looked at after it
+        self._told_ns = 0  # end of the last chunk
         self._late_chunks = 0
         self._worst_late_ns = 0
 
@@ -239,7 +241,7 @@ class _Worker(threading.Thread):
                 self.inbox.clear()
             for kind, what in messages:
                 self._obey(kind, what)
-            now = time.monotonic_ns()
+            now = self._as_of_ns = time.monotonic_ns()
             for link in self._links:
                 link.advance(now)
             self._answer_drains(now)
@@ -257,9 +259,22 @@ class _Worker(threading.Thread):
             body = wire.totals(self._h2d, self._d2h, self._late_chunks, self._worst_late_ns)
             self._out.append((wire.COUNTS, what, time.monotonic_ns(), body))
         else:
-            self._h2d.apply(_seen(what, self._h2d))
+            self._apply(self._h2d, what)
             if what.write_back:
-                self._d2h.apply(_seen(what, self._d2h), write_back=True)
+                self._apply(self._d2h, what, write_back=True)
+
+    def _apply(self, link: Link, batch: Batch, write_back: bool = False) -> None:
+        """Unpaced copies end when they are looked at, so there a batch takes effect now, not when it was sent."""
+        if link.bytes_per_s is None:
+            batch = batch._replace(sent_ns=time.monotonic_ns())
+        self._as_of_ns = batch.sent_ns
+        link.apply(batch, write_back)
+
+    def _took(self, chunk: Chunk) -> int | None:
+        """None too for what was not even submitted at the time the link is told: it is looked at again."""
+        if chunk.submitted_ns > self._as_of_ns or not chunk.ticket.done():
+            return None
+        return chunk.ticket.took_ns()
 
     def _rest(self) -> None:
         """Until the next chunk ends or a message comes.
@@ -283,14 +298,15 @@ class _Worker(threading.Thread):
 
     def _ended(self, chunk: Chunk) -> None:
         self._note(chunk)
+        self._told_ns = max(self._told_ns, self._as_of_ns if chunk.behind else chunk.end_ns)
         if chunk.last:
-            self._out.append((wire.ARRIVAL, chunk.request.load, chunk.end_ns, b""))
+            self._out.append((wire.ARRIVAL, chunk.request.load, self._told_ns, b""))
 
     def _note(self, chunk: Chunk) -> None:
         paced = (self._d2h if chunk.kind == wire.WRITE_BACK else self._h2d).bytes_per_s is not None
-        if chunk.late and paced:
+        if paced and (chunk.late or chunk.behind):
             self._late_chunks += 1
-            self._worst_late_ns = max(self._worst_late_ns, chunk.late_ns)
+            self._worst_late_ns = max(self._worst_late_ns, chunk.late_ns, self._as_of_ns - chunk.end_ns)
 
     def _answer_drains(self, now: int) -> None:
         if self._drains and not any(link.submitted for link in self._links):
@@ -307,17 +323,15 @@ def _end(worker: _Worker) -> None:
         worker.join()
 
 
-def _seen(batch: Batch, link: Link) -> Batch:
-    """Unpaced copies end when they are looked at, so a batch takes effect now, not when it was sent."""
-    return batch if link.bytes_per_s else batch._replace(sent_ns=time.monotonic_ns())
-
-
-def _took(chunk: Chunk) -> int | None:
-    return chunk.ticket.took_ns() if chunk.ticket.done() else None
-
-
 def _whole(bytes_per_s: float) -> int | None:
     return None if bytes_per_s == math.inf else round(bytes_per_s)
+
+
+def _submitted(chunk: Chunk, ticket: Ticket) -> None:
+    """Note when; a chunk of a paced link may be submitted only after it was due."""
+    chunk.ticket = ticket
+    chunk.submitted_ns = time.monotonic_ns()
+    chunk.behind = not chunk.late and chunk.submitted_ns > chunk.end_ns  # unpaced ones are late from the start
 
 
 def _mover(store: Rows, slots: Rows, stream: CopyStream) -> Any:
@@ -325,7 +339,7 @@ def _mover(store: Rows, slots: Rows, stream: CopyStream) -> Any:
         request, end = chunk.request, chunk.offset + chunk.size
         source = store.row(request.row)[chunk.offset : end]
         target = slots.row(request.slot)[chunk.offset : end]
-        chunk.ticket = stream.submit(target, source, None if chunk.offset else request.after)
+        _submitted(chunk, stream.submit(target, source, None if chunk.offset else request.after))
 
     return move
 
@@ -337,6 +351,6 @@ def _back_mover(slots: Rows, stream: CopyStream) -> Any:
     def move(chunk: Chunk) -> None:
         end = chunk.offset + chunk.size
         source = slots.row(chunk.request.slot)[chunk.offset : end]
-        chunk.ticket = stream.submit(scratch[chunk.offset : end], source, None)
+        _submitted(chunk, stream.submit(scratch[chunk.offset : end], source, None))
 
     return move

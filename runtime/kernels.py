@@ -80,7 +80,7 @@ def forward(expert: ExpertViews, x: torch.Tensor, act: str, order: Order = "hqq"
     out = torch.empty_like(x)
     if tokens:
         common = {"g": layout.group_size, "BITS": layout.bits, "V": layout.values, "ROWS": order == "rows"}
-        common |= tiles(tokens, x.dtype, layout.group_size * layout.word.itemsize)
+        common |= tiles(tokens, x.dtype, layout.group_size)
         grid = (-(-inner // common["BN"]), -(-tokens // common["BM"]))
         kernels.gate_up[grid](
             middle, expert.codes, expert.scale, expert.zero, x, tokens, N=inner, K=hidden, ACT=act, **common
@@ -92,19 +92,20 @@ def forward(expert: ExpertViews, x: torch.Tensor, act: str, order: Order = "hqq"
     return out
 
 
-def tiles(tokens: int, dtype: torch.dtype, row_bytes: int) -> dict[str, Any]:
+def tiles(tokens: int, dtype: torch.dtype, group_size: int) -> dict[str, Any]:
     """Sizes of one program's tile, the dtype of its products and its warps; Triton's own tuner needs a driver.
 
-    One token: few rows a program, so that a matrix of 4096 rows still fills a large GPU, and 16 bytes of words a thread
-    and load (``row_bytes`` of words a row). More: no pipelining, whose buffers at 3 bits pass what an SM has. Chosen by
-    compiling for GPUs (loads, shared memory), to be tuned on one.
+    One token: few rows a program, so that a matrix of 4096 rows still fills a large GPU, and four weights a thread:
+    then codes, activations and sums share one layout, else codes pass through shared memory and scales are loaded
+    eight times. More tokens: no pipelining, whose buffers at 3 bits pass what a multiprocessor has. Chosen by looking
+    at what the compiler makes of it; to be tuned on a GPU.
     """
     import triton.language as tl
 
     if interpreted():  # a program costs the same whatever its size
         return {"BM": 1 if tokens == 1 else max(16, _power(tokens)), "BN": 128, "DOT": tl.float32}
     if tokens == 1:
-        warps = min(4, max(1, 8 * row_bytes // 512))
+        warps = min(8, max(1, 8 * group_size // 128))
         return {"BM": 1, "BN": 8, "DOT": tl.float32, "num_warps": warps, "num_stages": 1}
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32)
     return {"BM": min(64, max(16, _power(tokens))), "BN": 32, "DOT": dot, "num_warps": 4, "num_stages": 1}

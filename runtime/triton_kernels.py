@@ -30,7 +30,7 @@ def _add_group(
     BM: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """acc [BM, BN] + x[:, group] @ (scale * (values - zero)).T; ``values`` int32 [BN, g] are the rows' codes."""
+    """acc [BM, BN] (BM = 1: [BN]) + x[:, group] @ (scale * (values - zero)).T; ``values`` int32 [BN, g] are codes."""
     position = tl.arange(0, g)
     xs = tl.load(x + token[:, None] * K + group * g + position[None, :], mask=token_mask[:, None], other=0.0)
     scales = tl.load(scale + row * KG + group, mask=row_mask, other=0.0).to(tl.float32)
@@ -38,11 +38,13 @@ def _add_group(
     if BM == 1:
         xs = xs.to(tl.float32)
         product = tl.sum(values.to(tl.float32) * xs, axis=1)
-        return acc + ((product - zeros * tl.sum(xs, axis=1)) * scales)[None, :]
-    xs = xs.to(DOT)
-    product = tl.dot(xs, tl.trans(values.to(DOT)), input_precision="ieee")
-    total = tl.sum(xs.to(tl.float32), axis=1)
-    return acc + (product - total[:, None] * zeros[None, :]) * scales[None, :]
+        acc += (product - zeros * tl.sum(xs, axis=1)) * scales
+    else:
+        xs = xs.to(DOT)
+        product = tl.dot(xs, tl.trans(values.to(DOT)), input_precision="ieee")
+        total = tl.sum(xs.to(tl.float32), axis=1)
+        acc += (product - total[:, None] * zeros[None, :]) * scales[None, :]
+    return acc
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def _product(
     row_mask = row < N
     token_mask = token < M
     position = tl.arange(0, g)
-    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    acc = tl.zeros([BN] if BM == 1 else [BM, BN], dtype=tl.float32)  # one token: in the sums' own layout
     for word in tl.range(Q, loop_unroll_factor=UNROLL):
         at = codes + (row * Q + word)[:, None] * g + position[None, :]
         words = tl.load(at, mask=row_mask[:, None], other=0).to(tl.int32)
@@ -95,7 +97,7 @@ def _product(
         words = tl.load(codes + word_row[:, None] * g + position[None, :], mask=row_mask[:, None], other=0).to(tl.int32)
         values = (words >> (BITS * (V - 1 - value))[:, None]) & MASK
         acc = _add_group(acc, values, scale, zero, x, row, row_mask, token, token_mask, Q * V + left, K, g, KG, BM, DOT)
-    return acc
+    return acc[None, :] if BM == 1 else acc
 
 
 @triton.jit

@@ -271,6 +271,23 @@ def test_a_copied_expert_does_not_arrive_before_it_is_due(memory):
         assert copier.wait().end_ns - begun >= 100_000_000
 
 
+class Sleepy(MemoryStream):
+    """Copies within ``submit``, which takes 30 ms."""
+
+    def submit(self, target, source, after):
+        time.sleep(0.03)
+        return super().submit(target, source, after)
+
+
+def test_a_thread_that_is_late_itself_does_not_date_arrivals_back(memory):
+    with started(memory, Sleepy(), bytes_per_s=1e9, chunk_bytes=SIZE) as copier:
+        begun = time.monotonic_ns()
+        copier.apply(demand=[Request(i, i, i) for i in range(3)])
+        ends = [copier.wait().end_ns - begun for _ in range(3)]
+        assert [end >= 30_000_000 * (i + 1) for i, end in enumerate(ends)] == [True, True, True]
+        assert copier.stats().late_chunks == 3
+
+
 def test_both_directions_have_their_own_stream_and_pace(memory):
     h2d, d2h = HeldStream(), HeldStream()
     with started(memory, h2d, d2h, write_back_bytes_per_s=math.inf, chunk_bytes=SIZE) as copier:

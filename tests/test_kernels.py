@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def test_half_precision_and_batches(bits, tokens, dtype, device):
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of the interpreter; 1 / inf is right
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("act", kernels.ACTIVATIONS)
 def test_activations(act, device):
@@ -161,10 +163,54 @@ def test_what_the_kernels_cannot_do_is_refused():
     assert kernels.forward(expert, torch.zeros(0, 64), "silu").shape == (0, 64)
 
 
-def test_nothing_but_the_kernels_imports_triton():
-    code = "import sys, runtime.kernels, runtime.repack; sys.exit('triton' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0
+def test_nothing_but_the_kernels_own_file_imports_triton_when_it_is_imported():
+    for path in (ROOT / "runtime").rglob("*.py"):
+        lines = path.read_text().splitlines()
+        assert path.name == "triton_kernels.py" or not any(line.startswith("import triton") for line in lines), path
+
+
+COMPILE = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from runtime import kernels, triton_kernels
+
+for name, bits, values, tokens in (("gate_up", 4, 2, 1), ("gate_up", 3, 10, 1), ("down", 3, 10, 64)):
+    kernel = getattr(triton_kernels, name)
+    fixed = {"N": 256, "K": 1280, "g": 64, "BITS": bits, "V": values, "ROWS": True, "ACT": "silu"}
+    fixed |= kernels.tiles(tokens, torch.bfloat16, 64)
+    options = {key: fixed.pop(key) for key in ("num_warps", "num_stages")}
+    types = {"out": "*bf16", "codes": "*i32" if bits == 3 else "*u8", "scale": "*fp16", "zero": "*fp16", "x": "*bf16"}
+    types |= {"M": "i32"} | dict.fromkeys(fixed, "constexpr")
+    order = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {arg: types[arg] for arg in order},
+        {(order.index(key),): value for key, value in fixed.items() if key in order},
+        {(order.index(key),): [["tt.divisibility", 16]] for key in types if types[key][0] == "*"},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    print(json.dumps([name, bits, tokens, made.metadata.shared, made.asm["ptx"].count("ld.global.b16")]))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("architecture", [80])
+def test_the_compiler_makes_of_them_what_their_tiles_are_chosen_for(architecture, tmp_path):
+    """Compiled for a GPU without one. One token: nothing but the sums of warps passes through shared memory, and each
+    thread loads one scale and one zero a group. 64 tokens: shared memory that every GPU since 2020 has.
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        name, bits, tokens, shared, loads = json.loads(line)
+        assert shared <= (512 if tokens == 1 else 48 << 10), line
+        if tokens == 1:
+            groups = {3: 10, 4: 4}[bits]  # a loop's, unrolled: of two matrices, a scale and a zero each
+            assert (name, loads) == ("gate_up", groups * 4), line
+    assert len(done.stdout.splitlines()) == 3
 
 
 # The order of groups

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("transformers", reason="the runtime extra is not installed")
 pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
-from runtime.bench import cells  # noqa: E402
-from traces import ModelSpec  # noqa: E402
+from runtime.bench import cells
+from traces import ModelSpec
 
 SPEC = ModelSpec("demo", 12, 8, 2, 192, 256)
 

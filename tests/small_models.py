@@ -51,12 +51,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
-        "use_mamba_kernels": False,
         "mamba_d_state": 8,
         "mamba_dt_rank": 8,
     },
 }
-BIASED = ("gpt_oss",)
 
 
 def config(family: str) -> Any:

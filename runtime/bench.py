@@ -1,15 +1,16 @@
-"""What a bit width of the experts costs in quality: held-out perplexity beside the bytes of an expert.
+"""Measure: what a bit width costs in quality, what deciding costs the host, how well the paced link keeps its pace.
 
     python -m runtime.bench --quality [--bits 16 --bits 4 ...] [--group-size 64 ...] [--fast] [--corpus FILE ...]
+    python -m runtime.bench --host [--policy SPEC ...]
+    python -m runtime.bench --link
 
-The routers, attention and embeddings stay as they are; every expert is replaced by what its quantized bytes stand for.
+Each part prints a table, MEASURED on this machine, and the last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,106 +19,56 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from runtime import corpus, models
-from runtime.card import WINDOW
-from runtime.evaluate import HeldOut, held_out, load, nats
-from runtime.quantize import dequantize, group_sizes, views
-from runtime.store import HostStore
+from runtime import models, provenance
+from runtime.calibrate import OtherWork, paced_link
+from runtime.copier import CopierError
+from runtime.host_time import POLICIES, SHAPE, host_times
+from runtime.quality import WIDTHS, quality
+from runtime.store import ExpertRows
 from traces.cli import Parser
-from traces.vocabulary import GROUP_SIZE, ModelSpec
+from traces.vocabulary import GROUP_SIZE
 
-WIDTHS = (16, 8, 4, 3, 2)
-
-
-@torch.inference_mode()
-def at_width(model: torch.nn.Module, store: HostStore, experts: int) -> None:
-    """Give every expert the weights that its bytes in ``store`` stand for."""
-    for layer, found in enumerate(models.moe_blocks(model)):
-        for expert in range(experts):
-            gate, up, down = dequantize(views(store.row(layer * experts + expert), store.layout))
-            found.block.experts.gate_up_proj[expert] = torch.cat([gate, up])
-            found.block.experts.down_proj[expert] = down
+PACES_GB_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+SMALL, LARGE = (
+    82_944,
+    16 << 20,
+)  # bytes of an expert: the demonstration model's at 4 bits up to 0.5 GB/s, 16 MiB from there
 
 
-def loss_nats(model: torch.nn.Module, text: HeldOut) -> float:
-    """Summed loss of the predicted tokens of one held-out text."""
-    return float(sum(nats(model, piece, WINDOW, lambda n: None).sum() for piece in text.pieces))
-
-
-def cells(spec: ModelSpec, bits: Sequence[int], sizes: Sequence[int], fast: bool) -> list[tuple[int, int, bool]]:
-    """What to measure: (bits, group size, solver); 16 bits once, sizes that do not fit left out.
-
-    Raises:
-        ValueError: no group size fits a width.
-    """
-    found = []
-    for width in bits:
-        if width == 16:
-            found.append((16, GROUP_SIZE, True))
-            continue
-        fitting = group_sizes(spec.hidden_size, spec.expert_size, width)
-        if not set(sizes) & set(fitting):
-            shown = ", ".join(map(str, fitting)) or "none"
-            raise ValueError(f"no group size of {list(sizes)} fits {width} bits of {spec.name}; these do: {shown}")
-        found += [
-            (width, size, solver)
-            for size in sizes
-            if size in fitting
-            for solver in ((True, False) if fast else (True,))
-        ]
+def host(policies: Sequence[str]) -> dict[str, Any]:
+    """Host time of a visit at Mixtral's shape, by policy."""
+    found = host_times(policies)
+    print(f"host time of a decode visit, {SHAPE}, {found['slots']} slots a layer, synthetic routing; MEASURED")
+    print(f"{'policy':32} {'median us':>9} {'of it plan':>10} {'mean us':>8} {'p99 us':>8} {'whole visit':>11}")
+    for row in found["host"]:
+        print(
+            f"{row['policy']:32} {row['median_us']:9.1f} {row['plan_median_us']:10.1f} {row['mean_us']:8.1f} "
+            f"{row['p99_us']:8.1f} {row['visit_median_us']:11.1f}"
+        )
     return found
 
 
-def quality(args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of a token and bits of a byte, by width, group size, way of quantizing, and text.
-
-    Raises:
-        ValueError: a model or corpus that cannot be used.
-    """
-    spec = models.spec_of(args.model)
-    domains = corpus.load(args.corpus)
-    model, tokenizer = load(args.model)
-    texts = {d.name: held_out(d, tokenizer, args.max_tokens) for d in domains}
-    tokens = sum(text.tokens for text in texts.values())
-    size = sum(len(text.text) for text in texts.values())
+def link() -> dict[str, Any]:
+    """Error of the paced link's speed over bursts of at least a second, and how late a waiter knows of an arrival."""
     rows = []
-    print(f"{spec.name}, {tokens:,} held-out tokens of {', '.join(texts)}; MEASURED")
-    print(
-        f"{'bits':>4} {'group':>5} {'way':>7} {'bytes of an expert':>18} {'weight error':>12} {'perplexity':>10} "
-        f"{'bits/byte':>10}  bits/byte by text"
-    )
-    wanted = cells(spec, args.bits or WIDTHS, args.group_size or [GROUP_SIZE], args.fast)
-    for bits, group, solver in tqdm(wanted, unit="cell", file=sys.stderr):
-        with HostStore.build(args.model, spec, bits, group_size=group, optimize=solver, progress=False) as store:
-            at_width(model, store, spec.num_experts)
-            error = store.quantization_error
-        loss = {name: loss_nats(model, text) for name, text in texts.items()}
-        total = sum(loss.values())
-        row = {
-            "bits": bits,
-            "group_size": None if bits == 16 else group,
-            "way": None if bits == 16 else "solver" if solver else "fast",
-            "expert_bytes": spec.expert_bytes(bits, group),
-            "weight_error": error,
-            "perplexity": math.exp(total / tokens),
-            "bits_per_byte": total / math.log(2) / size,
-            "domains": {name: loss[name] / math.log(2) / len(text.text) for name, text in texts.items()},
-            "perplexities": {name: math.exp(loss[name] / text.tokens) for name, text in texts.items()},
-        }
-        rows.append(row)
-        each = ", ".join(f"{name} {value:.3f}" for name, value in row["domains"].items())
-        print(
-            f"{bits:4} {row['group_size'] or '-':>5} {row['way'] or '-':>7} {row['expert_bytes']:18,} {error:12.4f} "
-            f"{row['perplexity']:10.2f} {row['bits_per_byte']:10.4f}  {each}",
-            flush=True,
-        )
-    return {"model": spec.name, "evidence": "MEASURED", "tokens": tokens, "window": WINDOW, "quality": rows}
+    print("pace of the link (device=cpu), median of 3 bursts; MEASURED")
+    print(f"{'stated GB/s':>11} {'expert bytes':>12} {'error %':>8} {'notice us':>9}")
+    for gb_s in tqdm(PACES_GB_S, unit="pace", file=sys.stderr):
+        size = SMALL if gb_s <= 0.2 else LARGE
+        with ExpertRows(4, size) as store:
+            rate, wait_s = paced_link(store, gb_s, seconds=1.0, most=100_000)
+        rows.append({"gb_s": gb_s, "expert_bytes": size, "error": rate / gb_s - 1, "notice_s": wait_s})
+        print(f"{gb_s:11g} {size:12,} {100 * rows[-1]['error']:8.3f} {wait_s * 1e6:9.1f}", flush=True)
+    return {"evidence": "MEASURED", "link": rows}
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m runtime.bench", description=__doc__.splitlines()[0])
     p.add_argument("--quality", action="store_true", help="held-out perplexity at each width of the experts")
+    p.add_argument("--host", action="store_true", help="host time of planning and bookkeeping, at every visit")
+    p.add_argument("--link", action="store_true", help="the paced link's error, 0.02 to 2 GB/s")
     p.add_argument("--model", type=Path, default=models.DEMO, help="model directory (default: the shipped one)")
+    p.add_argument("--policy", action="append", metavar="SPEC", help=f"repeatable (default: {', '.join(POLICIES)})")
     p.add_argument("--bits", type=int, action="append", choices=WIDTHS, help="repeatable (default: all)")
     p.add_argument(
         "--group-size",
@@ -129,21 +80,35 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--fast", action="store_true", help="measure rounding to nearest too, beside HQQ's solver")
     p.add_argument("--corpus", type=Path, nargs="*", default=[], help="text files (default: Python's standard library)")
     p.add_argument("--max-tokens", type=int, default=8192, help="held-out tokens of each file (default %(default)s)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the JSON document here too")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; 2 on bad input."""
     args = parser().parse_args(argv)
-    if not args.quality:
-        print("runtime.bench: say what to measure: --quality", file=sys.stderr)
+    if not (args.quality or args.host or args.link):
+        print("runtime.bench: say what to measure: --quality, --host or --link", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
+    others = OtherWork()
+    document: dict[str, Any] = {}
     try:
-        document = quality(args)
-    except (ValueError, OSError) as error:
+        provenance.check_folder("--out", args.out)
+        if args.quality:
+            document |= quality(args)
+        if args.host:
+            document |= host(args.policy or POLICIES)
+        if args.link:
+            document |= link()
+    except (ValueError, OSError, CopierError) as error:
         print(f"runtime.bench: {error}", file=sys.stderr)
         return 2
+    document |= {"command": provenance.command(), "machine": provenance.machine(), "others_share": others.share()}
+    if args.out:
+        partial = args.out.with_name(args.out.name + ".partial")
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        partial.replace(args.out)
     print(json.dumps(document))
     return 0
 

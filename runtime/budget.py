@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from runtime import models
-from runtime.quantize import ExpertLayout, Workspace
+from runtime.experts import workspaces
+from runtime.quantize import ExpertLayout
 from runtime.store import ALIGNMENT
 from sim.planner import group_sizes
 from sim.spec import Options, SpecError
@@ -83,13 +84,18 @@ def budget(
         gates: the lookahead gates; their tensors are counted.
 
     Raises:
-        SpecError: it does not fit; the sentence says what would.
+        SpecError: it does not fit; the sentence says what would. A context or batch below 1.
     """
+    for name, value in (("context", context), ("batch", batch)):
+        if value < 1:
+            raise SpecError(f"{name} is {value}; it must be at least 1")
     widest = max(layouts, key=lambda layout: layout.expert_bytes)
+    first = next(p for p in model.parameters() if p.is_floating_point() and not p.is_meta)
+    scratch = workspaces(list(dict.fromkeys(layouts)), first.dtype, first.device)
     known = Budget(
         dense_bytes=tensor_bytes(dense_tensors(model)),
         kv_bytes=cache_bytes(model, spec, context, batch),
-        buffer_bytes=tensor_bytes(tensors_in([Workspace(widest), gates])),
+        buffer_bytes=tensor_bytes(tensors_in([scratch, gates])),
         slot_bytes=-(-widest.expert_bytes // ALIGNMENT) * ALIGNMENT,
         slots=0,
         num_slots=0,
@@ -102,6 +108,7 @@ def budget(
         total += options.landing_slots if options.prefetches else 0
         return Budget(**(vars(known) | {"slots": count, "num_slots": total}))
 
+    del scratch
     if limit_bytes is None:
         return of(slots if slots is not None else max(spec.top_k, spec.num_experts // 2))
     wanted = [slots] if slots is not None else range(spec.num_experts, spec.top_k - 1, -1)

@@ -28,7 +28,7 @@ from runtime import models, provenance
 from runtime.copier import Copier, CopierError, Request
 from runtime.engine import Engine, paced
 from runtime.observe import Spans
-from runtime.store import HostStore, SlotPool
+from runtime.store import ExpertRows, HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import options
 from traces.cli import Parser
@@ -206,10 +206,10 @@ class Calibration:
             store.close()
 
 
-def paced_link(store: HostStore, gb_s: float, seconds: float = 1.0) -> tuple[float, float]:
+def paced_link(store: ExpertRows, gb_s: float, seconds: float = 1.0, most: int = 64) -> tuple[float, float]:
     """Measured decimal GB/s of paced copies in bursts, and seconds from a load's end until a waiter knows of it."""
     size = store.expert_bytes
-    count = max(8, min(64, round(seconds * gb_s * 1e9 / size)))
+    count = max(8, min(most, round(seconds * gb_s * 1e9 / size)))
     chunk = options("on_demand").chunk_size(size)
     with (
         SlotPool(4, size) as pool,

@@ -27,6 +27,7 @@ from runtime.store import ExpertRows, SlotPool
 
 __all__ = ["Arrival", "BaseCopier", "Copier", "CopierError", "CopierStats", "Request"]
 
+_SLOWEST_READ = 1e8  # bytes/s of a disk from which a mapped store comes
 _SPIN_NS = 150_000  # sleeping overshoots by about 0.1 ms; the last stretch of a wait is spun instead
 
 
@@ -286,7 +287,7 @@ class Copier(BaseCopier):
         self._socket, self._process = _start(config)
         self._close = weakref.finalize(self, _end, self._socket, self._process)
         try:
-            self._await((wire.READY, 0), "to start", timeout_s=30)
+            self._await((wire.READY, 0), "to start", timeout_s=30 + store.count * store.row_bytes / _SLOWEST_READ)
         except BaseException:
             self.close()
             raise

@@ -8,6 +8,7 @@ there. Outputs are summed in rank order, so they do not depend on what was resid
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ class Executor:
         record_all: record the guesses of every visit, not only of those at which the planner looks.
         compiled: decide with compiled functions where the policy prefetches and numba is there (`planner_class`).
         experts: makes from the slots what computes them, in place of the model's own.
+        paced: hold the copier to the machine's link; False: as fast as the device's own link goes.
 
     Raises:
         SpecError: inputs that cannot be used.
@@ -83,6 +85,7 @@ class Executor:
         record_all: bool = True,
         compiled: bool = False,
         experts: Callable[[Slots], SlotExperts] | None = None,
+        paced: bool = True,
     ) -> None:
         check_options(options)
         self.spec = spec
@@ -117,14 +120,15 @@ class Executor:
             self._ends.callback(self.experts.close)
             self._ends.enter_context(device.hold(store))
             link = machine.link
+            back_bytes_per_s = link.d2h_gb_s * 1e9 if paced else math.inf
             copier = device.copier(
                 store,
                 self.pool,
-                bytes_per_s=link.h2d_gb_s * 1e9,
-                fixed_s=link.h2d_fixed_s,
+                bytes_per_s=link.h2d_gb_s * 1e9 if paced else math.inf,
+                fixed_s=link.h2d_fixed_s if paced else 0.0,
                 chunk_bytes=options.chunk_size(store.expert_bytes),
                 max_submitted=options.max_submitted,
-                write_back_bytes_per_s=link.d2h_gb_s * 1e9 if options.write_back else None,
+                write_back_bytes_per_s=back_bytes_per_s if options.write_back else None,
             )
             self.copier = self._ends.enter_context(closing(copier))
         except BaseException:
@@ -158,7 +162,6 @@ class Executor:
             raise CopierError("the offloaded model is closed; make another with offload()")
         if self._open:
             self._abandon()
-        self._open = True
         self._phase, self._tokens, self._context = phase, tokens, context
         self._starts_sequence = self._starts_sequence or not context
         self._busy_before = self.copier.stats().busy_ns
@@ -167,11 +170,13 @@ class Executor:
             if not context:
                 self.recorder.start_sequences(batch, domain)
             self.recorder.start_pass(tokens, phase)
+        self._open = True
         if self.timeline:
             self.timeline.begin_pass(self._mark)
 
     def end_pass(self) -> None:
         """The pass has given its logits (or its token)."""
+        self._settle_compute()
         end = time.monotonic_ns()
         elapsed = end - self._pass_start
         counts = self.ledger.phases[self._phase]
@@ -222,6 +227,7 @@ class Executor:
 
     # --- one visit --------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Plan, copy and compute one MoE layer: hidden [T, H], ids and weights [T, K] -> [T, H]."""
         tokens = hidden.shape[0]
@@ -238,6 +244,7 @@ class Executor:
         self._index += 1
         self._starts_sequence = False
         plan = self.planner.plan(visit)
+        self.ledger.phases[self._phase].planned(plan)
         if self.timeline:
             self.timeline.planned(plan, time.monotonic_ns(), self.planner.resident_slots, self.store.expert_bytes)
         waiting = self._issue(plan, known)
@@ -253,7 +260,6 @@ class Executor:
     def _account(self, plan: Plan, started: int, before_gates: int, known: int, planned: int) -> None:
         visit = plan.visit
         phase = self.ledger.phases[self._phase]
-        phase.planned(plan)
         self.ledger.log.record(plan)
         phase.compute_ns += known - started
         phase.latency_ns += planned - known
@@ -305,6 +311,7 @@ class Executor:
         """Both directions in turn, with nothing else going on since ``start``; returns when it ended."""
         if not loads and not write_back:
             return start
+        self.device.synchronize()  # a serial copy begins when everything before it is computed
         if write_back:
             self.copier.apply(write_back=write_back)
             self.copier.drain()
@@ -349,7 +356,7 @@ class Executor:
         """
         visit = plan.visit
         slot_of = dict(zip(visit.experts, plan.slots, strict=True))
-        out = torch.empty(*ids.shape, hidden.shape[-1], device=hidden.device)
+        out = torch.empty(*ids.shape, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
         phase = self.ledger.phases[self._phase]
 
         def compute(expert: int, start: int) -> int:
@@ -379,7 +386,7 @@ class Executor:
         while waiting:
             expert = self._next_arrived(waiting)
             if expert is None:
-                start = at
+                at = start = self._computed(visit, at)
                 while expert is None:
                     self._arrived(self._wait(visit, waiting, queued))
                     expert = self._next_arrived(waiting)
@@ -403,10 +410,25 @@ class Executor:
         self._mark = at
         return out
 
+    def _settle_compute(self) -> None:
+        """Return when what was given to the device is computed; copies may go on."""
+        done = self.device.mark()
+        if done is not None:
+            done.synchronize()
+
+    def _computed(self, visit: Visit, at: int) -> int:
+        """Before a stall begins: on a device that computes by itself, what it still does is no stall."""
+        if self.device.torch_device.type == "cpu":
+            return at
+        self._settle_compute()
+        end = time.monotonic_ns()
+        self.ledger.phases[self._phase].compute_ns += end - at
+        return end
+
     def _next_arrived(self, waiting: dict[int, int]) -> int | None:
         """Of the experts waited for, the one whose bytes came first; None when none are there yet."""
-        there = [(self._there[number], expert) for expert, number in waiting.items() if number in self._there]
-        return min(there)[1] if there else None
+        there = [(self._there[number], number, expert) for expert, number in waiting.items() if number in self._there]
+        return min(there)[2] if there else None
 
     def _take(self, number: int) -> None:
         """A load's bytes are about to be used."""

@@ -26,6 +26,12 @@ class OffloadedExperts(torch.nn.Module):
         return self._visit(self._layer, hidden, ids, weights)
 
 
+def workspaces(kinds: Sequence[ExpertLayout], dtype: torch.dtype, device: torch.device) -> list[Workspace]:
+    """Scratch for one expert of each layout; the dequantized weights are shared."""
+    first = Workspace(kinds[0], dtype, device)
+    return [first, *(Workspace(kind, dtype, device, share=first) for kind in kinds[1:])]
+
+
 class SlotExperts:
     """Computes experts from their slots, one at a time.
 
@@ -43,8 +49,7 @@ class SlotExperts:
         self._gated = gated
         kinds = list(dict.fromkeys(layouts))
         self._kinds = [kinds.index(layout) for layout in layouts]
-        first = Workspace(kinds[0], dtype, pool.device)
-        self.workspaces = [first, *(Workspace(kind, dtype, pool.device, share=first) for kind in kinds[1:])]
+        self.workspaces = workspaces(kinds, dtype, pool.device)
         self._views: dict[tuple[int, int], ExpertViews] = {}  # by slot and kind
 
     def compute(
@@ -64,7 +69,7 @@ class SlotExperts:
             out[0, id_rows[0].index(expert)] = self._forward(layer, slot, hidden)[0]
             return 1
         rows, ranks = (ids == expert).nonzero(as_tuple=True)
-        out[rows, ranks] = self._forward(layer, slot, hidden[rows])
+        out[rows, ranks] = self._forward(layer, slot, hidden[rows]).to(out.dtype)
         return len(rows)
 
     def _forward(self, layer: int, slot: int, x: torch.Tensor) -> torch.Tensor:

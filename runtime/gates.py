@@ -117,7 +117,7 @@ def norms_of(model: torch.nn.Module) -> list[torch.Tensor]:
     for block, router in zip(blocks, routers_of(model), strict=True):
         norm = getattr(before.get(id(block)), "post_attention_layernorm", None)
         weight = getattr(norm, "weight", None)
-        found.append(torch.ones(router.shape[1]) if weight is None else weight.detach())
+        found.append(torch.ones(router.shape[1], device=router.device) if weight is None else weight.detach())
     return found
 
 

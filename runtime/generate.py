@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gates", type=Path, metavar="FILE", help="aligned lookahead gates, for predictor=aligned")
     p.add_argument("--store", type=Path, metavar="FILE", help="keep the quantized experts here, and map them next time")
     p.add_argument("--machine", metavar="NAME|FILE", help="profile of the planner's clock")
-    p.add_argument("--link-gb-s", type=float, metavar="X", help="pace of the link (default: as fast as it goes)")
+    p.add_argument("--link-gb-s", type=float, metavar="X", help="pace of the link (default: the GPU's own; cpu: 10)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default %(default)s)")
     p.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest; 0 is all (default)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample from this share (default %(default)s)")
@@ -230,6 +230,9 @@ def main() -> int:
         document = run(args)
     except (ValueError, OSError, CopierError) as error:
         print(f"runtime.generate: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"runtime.generate: {error}; give fewer --slots, or --vram", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nruntime.generate: stopped", file=sys.stderr)

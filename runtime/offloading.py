@@ -8,6 +8,7 @@ model.offload_stats()
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,17 +19,19 @@ import torch
 
 from runtime import models
 from runtime.budget import Budget, budget, without_experts
+from runtime.copier import CopierError
 from runtime.devices import open_device
 from runtime.engine import paced
 from runtime.executor import Executor, check_options, gates_of
-from runtime.lookahead import GATES_FILE, rung_of
-from runtime.store import HostStore
+from runtime.lookahead import GATES_FILE
+from runtime.store import HostStore, layouts_of, widths_of
 from sim.bounds import fewest_loads, link_floor_ns
 from sim.experiment import phase_keys
 from sim.machine import HardwareProfile, load_machine
-from sim.planner import group_sizes
+from sim.planner import check_slots, group_sizes
 from sim.settings import size_bytes
 from sim.spec import SpecError, options
+from sim.timing import Timing
 from traces import DECODE, PREFILL
 from traces.vocabulary import GROUP_SIZE
 
@@ -49,7 +52,7 @@ def machine_for(
     """
     if link_gb_s is not None and not 1e-4 <= link_gb_s <= 1000:
         raise SpecError(f"link_gb_s is {link_gb_s}; it must be 0.0001 to 1000 GB/s")
-    machine = load_machine(name_or_file or MACHINES[device])
+    machine = load_machine(name_or_file or MACHINES.get(device, "cpu-2core"))
     laws = machine.operators.get(model_name)
     if laws is not None and not all(str(bits) in laws.expert for bits in widths):
         machine = dataclasses.replace(machine, operators={})
@@ -69,11 +72,9 @@ class Offloaded:
     def __init__(self, model: torch.nn.Module, executor: Executor, stated: Budget, owned: HostStore | None) -> None:
         self.executor = executor
         self.budget = stated
-        self._owned = owned
-        self._hooks = [
-            model.register_forward_pre_hook(self._begins, with_kwargs=True),
-            model.register_forward_hook(self._ended),
-        ]
+        self._last: dict[str, Any] = {}
+        model.register_forward_pre_hook(self._begins, with_kwargs=True)
+        model.register_forward_hook(self._ended)
         self._end = weakref.finalize(model, _close, executor, owned)
 
     def _begins(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,9 +92,11 @@ class Offloaded:
     def stats(self) -> dict[str, Any]:
         """Figures since the model was offloaded: the keys of ``sim.run`` for decode, and under ``prefill``.
 
-        ``hit_rate`` is hits / accesses (expert there when routed), ``resident_or_early`` (hits + late) / accesses,
+        With ``use_cache=False`` every pass counts as a prefill. ``hit_rate`` is hits / accesses (expert there when routed), ``resident_or_early`` (hits + late) / accesses,
         ``prefetch_precision`` prefetches used / issued; seconds are per token, of the forward passes alone.
         """
+        if not self._end.alive:
+            return self._last
         executor = self.executor
         ledger = executor.settle()
         decode, prefill = ledger.phases[DECODE], ledger.phases[PREFILL]
@@ -123,7 +126,7 @@ class Offloaded:
         decode = executor.ledger.phases[DECODE]
         if executor.recorder is None or not decode.passes:
             return None
-        trace = executor.recorder.trace({}, rung_of(executor.options.predictor))
+        trace = executor.recorder.trace({}, "")
         run = executor.options
         landing = run.landing_slots if run.prefetches else 0
         loads = fewest_loads(trace, group_sizes(executor.spec, run, executor.slots), landing)
@@ -136,9 +139,11 @@ class Offloaded:
         }
 
     def close(self) -> None:
-        """End the copier and let go of slots and store; the model cannot run afterwards. A second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
+        """End the copier and let go of slots and store; the model cannot run afterwards, ``stats`` keeps its figures.
+        A second call does nothing."""
+        if self._end.alive:
+            with contextlib.suppress(CopierError):  # a copier that has died has nothing more to tell
+                self._last = self.stats()
         self._end()
 
 
@@ -186,9 +191,9 @@ def offload(
         dtype: of the dense part and of computing, ``float32`` or ``bfloat16`` (a loaded model keeps its own).
         dense_bits: 16, or 4 for linear layers outside router, head and embeddings.
         machine: profile whose times advance the planner's clock; by default one of this kind of device.
-        link_gb_s: pace of the link, GB/s; None is as fast as it goes.
+        link_gb_s: pace of the link, GB/s; None is the GPU's own, and 10 GB/s with device=cpu.
         gates: file of trained lookahead gates (`runtime.align`), for ``predictor=aligned``; by default the model's own.
-        record, record_logits: keep the routing (``offload_stats`` and bounds need it not).
+        record, record_logits: keep the routing and guesses, for ``offloaded.bounds`` and to save a trace.
 
     Returns:
         The transformers model. ``generate`` works unchanged, batches and beam search included;
@@ -202,45 +207,40 @@ def offload(
     check_options(run)
     place = open_device(device)
     limit = size_bytes(vram) if isinstance(vram, str) else vram
-    owned: HostStore | None = None
+    packing: dict[str, Any] = {"group_size": group_size, "optimize": optimize, "progress": progress}
+    packing["path"] = None if store is None else Path(store)
+    if isinstance(model, torch.nn.Module):
+        if hasattr(model, "offloaded"):
+            raise models.ModelError("this model is offloaded already; load it again to offload it otherwise")
+        if dense_bits != 16:
+            raise SpecError(f"dense_bits is {dense_bits}; a loaded model keeps its dense part: name its directory")
+        spec = models.spec_of_config(model.config, type(model).__name__.lower())
+        loaded, tokenizer, heads = model.requires_grad_(False), None, None
+    else:
+        directory = Path(model)
+        if dtype not in DTYPES:
+            raise SpecError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
+        spec = models.spec_of(directory)
+        layouts_of(spec, bits, group_size)  # refused before anything is read
+        loaded, tokenizer = models.load_dense(directory, DTYPES[dtype], dense_bits, optimize)
+        heads = directory / GATES_FILE
+    heads = Path(gates) if gates else heads
+    widths = sorted(set(widths_of(spec, bits)))
+    profile = machine_for(machine, device, spec.name, widths, link_gb_s)
+    with without_experts(loaded):
+        loaded.to(place.torch_device)
+    predict = gates_of(loaded, spec, run, heads)
+    layouts = layouts_of(spec, bits, group_size)
+    stated = budget(
+        loaded, spec, layouts, run, slots=slots, limit_bytes=limit, context=context, batch=batch, gates=predict
+    )
+    check_slots(spec, stated.slots)
+    Timing(profile, spec, max(widths), run)  # a profile that cannot time this model is refused here
+    if isinstance(model, torch.nn.Module):
+        owned = HostStore.from_model(model, spec, bits, **packing)
+    else:
+        owned = HostStore.build(directory, spec, bits, **packing)
     try:
-        if isinstance(model, torch.nn.Module):
-            spec = models.spec_of_config(model.config, type(model).__name__.lower())
-            owned = HostStore.from_model(model, spec, bits, group_size=group_size, optimize=optimize, progress=progress)
-            loaded, tokenizer, heads = model, None, None
-        else:
-            directory = Path(model)
-            spec = models.spec_of(directory)
-            owned = HostStore.build(
-                directory,
-                spec,
-                bits,
-                group_size=group_size,
-                optimize=optimize,
-                progress=progress,
-                path=None if store is None else Path(store),
-            )
-            if dtype not in DTYPES:
-                raise SpecError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
-            loaded, tokenizer = models.load_dense(directory, DTYPES[dtype], dense_bits)
-            heads = directory / GATES_FILE
-        heads = Path(gates) if gates else heads
-        with without_experts(loaded):
-            loaded.to(place.torch_device)
-        widths = [bits] if isinstance(bits, int) else sorted(set(bits))
-        profile = machine_for(machine, device, spec.name, widths, link_gb_s)
-        predict = gates_of(loaded, spec, run, heads)
-        stated = budget(
-            loaded,
-            spec,
-            owned.layouts,
-            run,
-            slots=slots,
-            limit_bytes=limit,
-            context=context,
-            batch=batch,
-            gates=predict,
-        )
         executor = Executor(
             loaded,
             spec,
@@ -254,10 +254,10 @@ def offload(
             record=0 if record or record_logits else None,
             record_logits=record_logits,
             compiled=True,
+            paced=device == "cpu" or link_gb_s is not None,
         )
     except BaseException:
-        if owned is not None:
-            owned.close()
+        owned.close()
         raise
     handle = Offloaded(loaded, executor, stated, owned)
     attached: dict[str, Callable[..., Any] | object] = {
@@ -267,5 +267,5 @@ def offload(
         "offload_tokenizer": tokenizer,
     }
     for name, value in attached.items():
-        object.__setattr__(loaded, name, value)
+        setattr(loaded, name, value)
     return loaded

@@ -205,7 +205,7 @@ def pack_into(buffer: torch.Tensor, weights: ExpertWeights, layout: ExpertLayout
     for i, ((name, shape), matrix) in enumerate(zip(shapes.items(), weights[:3], strict=True)):
         if matrix.shape != shape:
             raise ValueError(f"{name} has the shape {list(matrix.shape)}; this layout needs {list(shape)}")
-        errors.append(_pack_matrix(matrix, pieces, i, optimize))
+        errors.append(_pack_matrix(matrix.to(buffer.device), pieces, i, optimize))
     return sum(errors) / len(errors)
 
 
@@ -288,6 +288,8 @@ class Workspace:
         if layout.bits == 16:
             return
         self._grouped = weights.view(3, layout.groups, layout.group_size)
+        if layout.bits == 8:
+            return
         self._unpacked = torch.empty(3, layout.values, layout.rows, layout.group_size, dtype=layout.word, device=device)
         self._codes = self._unpacked.view(3, layout.values * layout.rows, layout.group_size)[:, : layout.groups]
         shifts = torch.tensor(_SHIFTS[layout.bits], dtype=layout.word, device=device)

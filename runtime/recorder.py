@@ -27,7 +27,7 @@ class Recorder:
         self._lookahead = lookahead
         self._with_logits = with_logits
         self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]] = []
-        self._scores: list[npt.NDArray[np.float16]] = []
+        self._scores: list[npt.NDArray[np.float16] | None] = []
         self._beside: dict[str, list[npt.NDArray[np.float16]]] = {}
         self._passes: list[tuple[int, int]] = []  # tokens, phase
         self._rows: list[npt.NDArray[np.int32]] = []  # of each pass: the sequence of every token
@@ -68,28 +68,35 @@ class Recorder:
         scores: npt.NDArray[np.float16] | None,
     ) -> None:
         """One visit: ids and weights [T, K], logits [T, E], guess scores [T, D, E]; all are copied."""
-        if scores is None:
-            scores = np.zeros((ids.shape[0], 0, self._model.num_experts), np.float16)
         kept = logits.float().cpu().numpy().astype(np.float16) if self._with_logits and logits is not None else None
         self._visits.append((ids.cpu().numpy().copy(), weights.float().cpu().numpy().astype(np.float16), kept))
-        self._scores.append(self._padded(scores))
+        self._scores.append(None if scores is None or not self._lookahead else self._padded(scores))
 
     def trace(self, provenance: dict[str, Any], predictor: str, routing: str = "RECORDED") -> Trace:
-        """Everything recorded so far, the run's own guesses under the name ``predictor``."""
+        """All whole passes so far, the run's own guesses under the name ``predictor``; "" leaves guesses out."""
         layers = self._model.num_layers
+        whole = len(self._visits) // layers  # passes; the last may have broken off
+        made = self._passes[:whole]
 
         def by_token(visits: list[Any]) -> npt.NDArray[Any]:
-            passes = [np.stack(visits[i : i + layers], axis=1) for i in range(0, len(visits), layers)]
+            passes = [np.stack(visits[i * layers : (i + 1) * layers], axis=1) for i in range(whole)]
             return np.concatenate(passes)
 
         def rows(part: int) -> npt.NDArray[Any]:
             return by_token([v[part] for v in self._visits])
 
-        phases = [np.full(tokens, phase, np.uint8) for tokens, phase in self._passes]
-        begun, sequence = np.unique(np.concatenate(self._rows), return_inverse=True)  # without those that never ran
-        together = any(rows[0] != rows[-1] for rows in self._rows)
+        phases = [np.full(tokens, phase, np.uint8) for tokens, phase in made]
+        begun, sequence = np.unique(
+            np.concatenate(self._rows[:whole]), return_inverse=True
+        )  # without those that never ran
+        together = any(rows[0] != rows[-1] for rows in self._rows[:whole])
         domains = tuple(self._domains[i] for i in begun)
-        said = {predictor: self._scores, **self._beside} if self._lookahead else {}
+        nothing = (self._lookahead, self._model.num_experts)
+        own = [
+            np.zeros((len(visit[0]), *nothing), np.float16) if scores is None else scores
+            for visit, scores in zip(self._visits, self._scores, strict=True)
+        ]
+        said = {predictor: own, **self._beside} if self._lookahead and predictor else {}
         most = min(NUM_GUESSES, self._model.num_experts)
         guesses = {name: rank(by_token(scores), most) for name, scores in said.items()}
         return Trace(
@@ -102,7 +109,7 @@ class Recorder:
             guesses=guesses,
             provenance=provenance,
             domains=domains if all(domains) else (),
-            pass_lengths=np.array([tokens for tokens, _ in self._passes], np.int32) if together else None,
+            pass_lengths=np.array([tokens for tokens, _ in made], np.int32) if together else None,
             token_sequence=sequence.astype(np.int32) if together else None,
             routing=routing,
         )

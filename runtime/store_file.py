@@ -11,6 +11,7 @@ header's identity fields, then a line of JSON for each row: its number, crc32 an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -106,6 +107,8 @@ class Progress:
         fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(fd, count * row_bytes)
+            if hasattr(os, "posix_fallocate"):  # a full disk is said now, not by a signal while rows are written
+                os.posix_fallocate(fd, 0, count * row_bytes)
         except OSError as error:
             os.close(fd)
             raise StoreError(f"{self.partial} cannot be written ({error.strerror}); name another file") from None
@@ -167,7 +170,9 @@ def map_rows(path: Path, header: dict[str, Any], expert_bytes: int, verify: bool
     check = size <= VERIFY_UP_TO if verify is None else verify
     try:
         fd = os.open(path, os.O_RDWR)
-    except PermissionError:  # the copier maps what it is given writable
+    except OSError as error:  # the copier maps what it is given writable
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         fd = _copied(path, size)
     if check:
         with ExpertRows(header["count"], expert_bytes, fd=os.dup(fd), private=True) as rows:

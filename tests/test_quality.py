@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers", reason="the runtime extra is not installed")
 pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
-from runtime.bench import cells
+from runtime.quality import cells
 from traces import ModelSpec
 
 SPEC = ModelSpec("demo", 12, 8, 2, 192, 256)

@@ -181,12 +181,14 @@ def draw(reports: Sequence[dict[str, Any]], top_k: int, path: Path) -> None:
         if name not in ID_ONLY:
             nearest = [None if row[top_k - 1] is None else row[top_k - 1] * 100 for row in by_text["all"][0]]
             middle.plot(range(len(nearest) - 1), nearest[:-1], marker=".", color=color, label=name)
-            widths = [str(r["bits"]) for r in reports]
-            values = [mean(r["recall"][name]["all"], min(3, reach), top_k) * 100 for r in reports]
+            falling = sorted(reports, key=lambda r: -r["bits"])
+            widths = [str(r["bits"]) for r in falling]
+            values = [mean(r["recall"][name]["all"], min(3, reach), top_k) * 100 for r in falling]
             right.plot(widths, values, marker="o", color=color, label=name)
     left.set(xlabel="distance d (layers ahead)", ylabel=f"recall@{top_k} in %", xticks=list(distances))
     left.set_title(f"mean over layers, {first['bits']} bits")
-    left.legend(fontsize=8)
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8, loc="lower left", ncols=2)
     middle.set(xlabel="layer l that guesses", ylabel=f"recall@{top_k} in %")
     middle.set_title(f"next layer (d = 1), {first['bits']} bits")
     right.set(xlabel="bits of the experts", ylabel=f"recall@{top_k} in %")

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs the runtime extra")
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
-from runtime import activations, align, corpus, fit, gates, models, record, train  # noqa: E402 (after the check above)
+from runtime import activations, align, corpus, fit, gates, gates_report, models, record, train  # noqa: E402 (after the check above)
 from runtime.fit import LOSSES, Fitting, Sample  # noqa: E402
 from runtime.lookahead import Heads  # noqa: E402
 
@@ -186,3 +186,23 @@ def test_bad_input_is_one_sentence(model_dir, text, tmp_path, capsys) -> None:
         found = capsys.readouterr().err
         assert message in found and found.startswith("runtime.align: ")
     assert not (tmp_path / "g").exists()
+
+
+def test_report_of_the_ladder(model_dir, text, tmp_path, capsys) -> None:
+    """Every rung and every id-only predictor by domain, layer and distance; the drawn file is there."""
+    out = tmp_path / "a.safetensors"
+    flags = ["--model", str(model_dir), "--corpus", str(text)]
+    small = ["--tokens", "2560", "--held-out-tokens", "512", "--lookahead", "2", "--width", "0", "--epochs", "1"]
+    assert align.main([*flags, *small, "--out", str(out)]) == 0
+    more = ["--gates", str(out), "--tokens", "512", "--bits", "2", "--out", str(tmp_path / "r.json")]
+    assert gates_report.main([*flags, *more, "--picture", str(tmp_path / "r.svg")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())["reports"][0]
+    assert set(found["recall"]) == {"router", "router_norm", "router_mean", "aligned", *gates_report.ID_ONLY}
+    assert set(found["recall"]["aligned"]) == {"all", "code"}
+    assert found["recall"]["aligned"]["all"] == found["recall"]["aligned"]["code"]
+    table = found["recall"]["aligned"]["all"]
+    assert [[len(row) for row in layers] for layers in table] == [[4] * LAYERS] * 2
+    assert table[1][1] == [None] * 4  # two layers ahead of the last but one there is none
+    assert table[0][0][3] == 1.0  # all four experts are guessed
+    assert {p.name for p in tmp_path.iterdir()} == {"a.safetensors", "r.json", "r.svg"}
+    assert "recall@2" in capsys.readouterr().out

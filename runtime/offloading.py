@@ -92,8 +92,9 @@ class Offloaded:
     def stats(self) -> dict[str, Any]:
         """Figures since the model was offloaded: the keys of ``sim.run`` for decode, and under ``prefill``.
 
-        With ``use_cache=False`` every pass counts as a prefill. ``hit_rate`` is hits / accesses (expert there when routed), ``resident_or_early`` (hits + late) / accesses,
-        ``prefetch_precision`` prefetches used / issued; seconds are per token, of the forward passes alone.
+        With ``use_cache=False`` every pass counts as a prefill. ``hit_rate`` is hits / accesses (expert there when
+        routed), ``resident_or_early`` (hits + late) / accesses, ``prefetch_precision`` prefetches used / issued;
+        seconds are per token, of the forward passes alone.
         """
         if not self._end.alive:
             return self._last

@@ -156,10 +156,20 @@ def test_closing_leaves_nothing_behind(model_dir, store) -> None:
 
 
 @pytest.mark.parametrize("context", [64, 1000])
-def test_the_budget_holds(model_dir, store, context) -> None:
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "float32"), (4, "bfloat16"), ([8, 4, 3, 3, 2], "float32")])
+def test_the_budget_holds(model_dir, context, bits, dtype) -> None:
     """What is stated is what is there, within 2 % and never above: dense weights, slots, buffers, KV cache."""
-    limit = 700_000 + 2 * 5 * 2 * 4 * 64 * context
-    model = offloaded(model_dir, store, vram=limit, context=context)
+    limit = 1_000_000 + 2 * 5 * 2 * 4 * 64 * context
+    model = offload(
+        model_dir,
+        bits=bits,
+        dtype=dtype,
+        vram=limit,
+        context=context,
+        optimize=False,
+        progress=False,
+        policy="on_demand",
+    )
     handle = model.offloaded
     assert handle.budget.total_bytes <= limit
     assert handle.budget.total_bytes + 5 * handle.budget.slot_bytes > limit or handle.budget.slots == 6
@@ -173,6 +183,40 @@ def test_the_budget_holds(model_dir, store, context) -> None:
     own += tensor_bytes(tensors_in([executor.experts.workspaces, executor.gates]))
     assert 0.98 * handle.budget.total_bytes <= own <= handle.budget.total_bytes
     model.offload_close()
+
+
+def test_bfloat16_is_the_same_offloaded_and_resident(model_dir, store) -> None:
+    """Experts and dense part computed in bfloat16, prefill and decode."""
+    texts = []
+    for slots in (6, 2):
+        model = offloaded(model_dir, store, dtype="bfloat16", slots=slots)
+        texts.append(continued(model, "batch"))
+        model.offload_close()
+    assert torch.equal(*texts)
+
+
+def test_a_refused_call_leaves_a_loaded_model_whole(model_dir) -> None:
+    """Everything is checked before the first expert is taken."""
+    model, _ = models.load(model_dir)
+    for wrong in (
+        {"slots": 1},
+        {"vram": 1000},
+        {"machine": "nothing"},
+        {"policy": "on_demand:cache=belady"},
+        {"bits": 5},
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011 (each its own sentence)
+            offload(model, **wrong)
+    with torch.inference_mode():
+        assert model(input_ids=IDS).logits.isfinite().all()
+    offload(model, optimize=False, progress=False)
+    with pytest.raises(ValueError, match="offloaded already"):
+        offload(model)
+    cache = model(input_ids=IDS).past_key_values  # without inference_mode: nothing is trained here
+    model(input_ids=IDS[:, :1], past_key_values=cache)
+    figures = model.offload_stats()
+    model.offload_close()
+    assert model.offload_stats() == figures
 
 
 def test_too_little_memory_is_said_with_what_would_do(model_dir, store) -> None:

@@ -290,6 +290,6 @@ def provenance(records: list[Record]) -> Markup:
             ("caches", cold),
             ("drivers", ", ".join(sorted({str(r["driver"]) for r in records}))),
             ("code versions (sha256)", join(*(tag("code", v, " ") for v in versions))),
-            ("intervals", f"95 %, paired: {noise.SOURCE_OF_NOISE}"),
+            ("intervals", f"95 %, paired: {noise.source(first)}"),
         ]
     )  # fmt: skip

@@ -21,7 +21,7 @@ from tiny import tiny_mixtral  # noqa: E402
 from runtime import models, offload  # noqa: E402 (after the check above)
 from runtime.budget import dense_tensors, tensor_bytes, tensors_in  # noqa: E402
 from runtime.copier import CopierError  # noqa: E402
-from runtime.generate import main  # noqa: E402
+from runtime.generate import main, prompt_ids  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.verdict import replayed  # noqa: E402
 from sim.ledger import LoadLog  # noqa: E402
@@ -240,6 +240,17 @@ def test_the_command_writes_the_same_text_with_two_slots_as_with_all(model_dir, 
         assert document["tpot_s"] >= document["bounds"]["link_floor_s"]
         texts.append(document["text"])
     assert texts[0] == texts[1]
+
+
+def test_a_chat_template_is_used_where_there_is_one(model_dir) -> None:
+    """The prompt becomes a user's message; --no-chat continues it as it stands."""
+    _, tokenizer = models.load(model_dir)
+    plain = tokenizer("def add(", return_tensors="pt").input_ids
+    assert torch.equal(prompt_ids(tokenizer, "def add(", None), plain)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    chat = prompt_ids(tokenizer, "def add(", None)
+    assert tokenizer.decode(chat[0]) == "user: def add("
+    assert torch.equal(prompt_ids(tokenizer, "def add(", False), plain)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from sim.experiment import Setting
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import options
 from traces import DECODE, PREFILL, ModelSpec, Trace
 from traces.trace import rank
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread for torch, where a test has loaded it: results are then the same on every machine."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a family's small model, made when first asked for; read it only."""
+    import torch
+    from small_models import small_model
+
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            small_model(name).to(torch.bfloat16).save_pretrained(made[name])
+        return made[name]
+
+    return of
+
 
 CHUNK = 10_000  # bytes, and nanoseconds on the round machine's link
 

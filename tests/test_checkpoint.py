@@ -29,14 +29,6 @@ ROOT = Path(__file__).parents[1]
 SPEC = ModelSpec("tiny", 3, 4, 2, 64, 128)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """One tiny Mixtral saved with an entry per expert, in several files, and with fused experts; and another model."""

@@ -25,14 +25,6 @@ FLAGS = "--layers 3 --hidden 64 --ffn 64 --experts 4 --vocab 300 --tokens 4096 -
 LINE = "def area(width: int, größe: int) -> int:  # {}\n    return width * {}\n"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One training block and a held-out one of about 1,000 bytes."""

@@ -16,32 +16,10 @@ from runtime.dense import QuantizedLinear  # noqa: E402
 from runtime.experts import SlotExperts  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.store import HostStore, SlotPool  # noqa: E402
-from tests.small_models import CONFIGS, config, small_model  # noqa: E402
+from tests.small_models import CONFIGS, config  # noqa: E402
 from traces import ExpertId, ModelSpec  # noqa: E402
 
 FAMILIES = list(CONFIGS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Directory of a family's small model, made when first asked for."""
-    made: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            small_model(name).to(torch.bfloat16).save_pretrained(made[name])
-        return made[name]
-
-    return of
 
 
 class Resident(torch.nn.Module):

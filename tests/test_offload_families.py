@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra is not installed")
 pytest.importorskip("transformers", reason="the runtime extra is not installed")
 pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
-from small_models import CONFIGS, small_model  # noqa: E402
+from small_models import CONFIGS  # noqa: E402
 
 from runtime import models, offload  # noqa: E402
 
 POLICIES = ("speculative:guard=0,trust=0", "on_demand:cache=heat", "walk_forward:landing_slots=0", "mixtral_offloading")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            small_model(name).to(torch.bfloat16).save_pretrained(made[name])
-        return made[name]
-
-    return of
 
 
 def passes(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -42,7 +27,7 @@ def passes(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_offloading_never_changes_a_bit(saved, name) -> None:
+def test_offloading_never_changes_a_bit(saved, tmp_path, name) -> None:
     """4-bit experts, batch 1 and 4, slots from top_k up, policies of every kind; and again for 16-bit experts."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
@@ -50,7 +35,7 @@ def test_offloading_never_changes_a_bit(saved, name) -> None:
     spec = models.spec_of(saved(name))
     for bits, policies in ((4, POLICIES), (16, POLICIES[:1])):
         expected: dict[int, list[torch.Tensor]] = {}
-        path = saved(name) / f"{bits}.experts"
+        path = tmp_path / f"{bits}.experts"
         every = offload(saved(name), bits=bits, slots=spec.num_experts, store=path, optimize=False, progress=False)
         for batch, tokens in ids.items():
             expected[batch] = passes(every, tokens)

@@ -22,14 +22,6 @@ ROOT = Path(__file__).parents[1]
 BITS = (16, 8, 4, 3, 2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def spec(hidden: int = 128, expert: int = 64, layers: int = 2, experts: int = 4) -> ModelSpec:
     return ModelSpec("tiny", layers, experts, 2, hidden, expert)
 

@@ -89,6 +89,20 @@ def test_generate_is_unchanged(model_dir, store, expected, way, policy, slots) -
     model.offload_close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", ["speculative", "on_demand", "mixtral_offloading"])
+def test_on_cuda_outputs_do_not_depend_on_the_slots(model_dir, store, policy) -> None:
+    """Batches, greedy."""
+    texts = []
+    for slots in (6, 2):
+        model = offloaded(model_dir, store, device="cuda", link_gb_s=None, policy=policy, slots=slots)
+        inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in WAYS["batch"].items()}
+        texts.append(model.generate(**inputs, max_new_tokens=10, pad_token_id=0).cpu())
+        model.offload_close()
+    assert torch.equal(*texts)
+
+
 def test_a_loaded_model_is_offloaded_in_place(model_dir) -> None:
     """Its experts leave the module tree; at 16 bits its logits stay."""
     model, _ = models.load(model_dir)

@@ -23,6 +23,7 @@ from runtime.skeleton import moe_blocks, read_config, skeleton
 from traces.vocabulary import ExpertId, ModelSpec
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+CORNER = 8  # rows and columns of an expert's matrix that stand for it in an identity
 _FUSED = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
@@ -171,7 +172,28 @@ class Checkpoint:
             shape = self._files[key].get_slice(key).get_shape()
             if len(shape) == 1 or any(name.startswith(prefix) and _is_router(name, prefix) for prefix in routers):
                 digest.add(name, self._files[key].get_tensor(key))
+        for layer, block in enumerate(self._blocks):
+            for number, (gate, down) in enumerate(self._corners(layer)):
+                digest.add(f"{block.name}.{number}.gate", gate)
+                digest.add(f"{block.name}.{number}.down", down)
         return digest.hex()
+
+    def _corners(self, layer: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """First rows and columns of every expert's gate and down; of packed experts the first one's only."""
+        separate = self._separate[layer]
+        if separate:
+            for number in range(self._num_experts()):
+                gate, down = (separate[number, matrix] for matrix in ("gate", "down"))
+                yield tuple(self._files[key].get_slice(key)[:CORNER, :CORNER] for key in (gate, down))
+            return
+        parts = self._parts(layer)
+        if all(name in parts for name in _FUSED[:2]):
+            yield from _fused_corners(
+                self._blocks[layer].experts, *(parts[name] for name in _FUSED[:2]), self._num_experts()
+            )
+            return
+        first = self.expert(ExpertId(layer, 0))
+        yield first.gate[:CORNER, :CORNER], first.down[:CORNER, :CORNER]
 
 
 class _Digest:
@@ -191,10 +213,21 @@ def _is_router(name: str, prefix: str) -> bool:
     return name[len(prefix) :].partition(".")[0] in ("gate", "router")
 
 
-def identity(model: torch.nn.Module) -> str:
-    """sha256 over the routers and every vector (norms, biases) outside the experts: quick, and other in other models.
+def _fused_corners(
+    experts: torch.nn.Module, gate_up: Any, down: Any, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same from fused tensors (or their slices on disk), by the flags of their module."""
+    step = 1 if experts.is_concatenated else 2
+    for number in range(count):
+        if experts.is_transposed:
+            yield gate_up[number, :CORNER, : step * CORNER][:, ::step].T, down[number, :CORNER, :CORNER].T
+        else:
+            yield gate_up[number, : step * CORNER, :CORNER][::step], down[number, :CORNER, :CORNER]
 
-    Two models that differ in their experts and large matrices only are not told apart.
+
+def identity(model: torch.nn.Module) -> str:
+    """sha256 over the routers, every vector (norms, biases) outside the experts, and a corner of every expert's gate
+    and down matrix: quick to read, and other in other models, fine-tuned ones included.
     """
     blocks = [f"{b.name}." for b in moe_blocks(model)]
     digest = _Digest()
@@ -203,6 +236,11 @@ def identity(model: torch.nn.Module) -> str:
             continue
         if tensor.dim() == 1 or any(name.startswith(prefix) and _is_router(name, prefix) for prefix in blocks):
             digest.add(name, tensor)
+    for block in moe_blocks(model):
+        e = block.experts
+        for number, (gate, down) in enumerate(_fused_corners(e, e.gate_up_proj, e.down_proj, len(e.down_proj))):
+            digest.add(f"{block.name}.{number}.gate", gate)
+            digest.add(f"{block.name}.{number}.down", down)
     return digest.hex()
 
 

@@ -17,12 +17,12 @@ transformers = pytest.importorskip("transformers", reason="the runtime extra is 
 pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from small_models import CONFIGS, small_model  # noqa: E402
 
 from runtime import models, store  # noqa: E402
 from runtime.checkpoint import Checkpoint, identity  # noqa: E402
 from runtime.quantize import dequantize, pack, views  # noqa: E402
 from runtime.store import HostStore, StoreError, check_memory, layouts_of  # noqa: E402
-from tests.small_models import small_model  # noqa: E402
 from traces.vocabulary import ExpertId, ModelSpec  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -117,8 +117,19 @@ def test_identity_is_the_same_from_disk_and_loaded_and_other_in_other_models(che
     for form in ("separate", "fused", "other"):
         with Checkpoint(checkpoints / form) as checkpoint:
             found[form] = checkpoint.identity()
-    assert found["separate"] == found["fused"] == identity(models.load_dense(checkpoints / "separate")[0])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "separate", dtype=torch.float32)
+    assert found["separate"] == found["fused"] == identity(loaded)
     assert found["other"] != found["separate"]
+    with torch.no_grad():
+        models.moe_blocks(loaded)[1].experts.down_proj[2, 0, 0] += 0.5
+    assert identity(loaded) != found["separate"]  # a fine-tune of one expert is another model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_identity_of_every_family_is_the_same_from_disk_and_loaded(saved, name):
+    with Checkpoint(saved(name)) as checkpoint:
+        found = checkpoint.identity()
+    assert found == identity(transformers.AutoModelForCausalLM.from_pretrained(saved(name), dtype=torch.float32))
 
 
 # Files

@@ -11,12 +11,13 @@ torch = pytest.importorskip("torch", reason="the runtime extra is not installed"
 transformers = pytest.importorskip("transformers", reason="the runtime extra is not installed")
 pytest.importorskip("hqq", reason="the runtime extra is not installed")
 
+from small_models import CONFIGS, config  # noqa: E402
+
 from runtime import family, models  # noqa: E402
 from runtime.dense import QuantizedLinear  # noqa: E402
 from runtime.experts import SlotExperts  # noqa: E402
 from runtime.quantize import dequantize, views  # noqa: E402
 from runtime.store import HostStore, SlotPool  # noqa: E402
-from tests.small_models import CONFIGS, config  # noqa: E402
 from traces import ExpertId, ModelSpec  # noqa: E402
 
 FAMILIES = list(CONFIGS)

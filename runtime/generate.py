@@ -192,7 +192,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="of the experts (default 4)")
     p.add_argument("--group-size", type=int, default=64, metavar="N", help="weights to a scale (default %(default)s)")
     p.add_argument("--fast", action="store_true", help="round weights to codes without HQQ's solver")
-    p.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the dense part (default %(default)s)")
+    p.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="of the dense part (default: float32 on the CPU, else bfloat16)"
+    )
     p.add_argument("--dense-bits", type=int, choices=(16, 4), default=16, help="of attention (default %(default)s)")
     p.add_argument(
         "--slots", type=int, metavar="N", help="experts of a layer on the device (default: what fits, or half)"

@@ -167,7 +167,7 @@ def offload(
     group_size: int = GROUP_SIZE,
     optimize: bool = True,
     store: str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     dense_bits: int = 16,
     machine: str | None = None,
     link_gb_s: float | None = None,
@@ -189,7 +189,8 @@ def offload(
         device: ``cpu`` or ``cuda``: where the dense part and the slots are.
         group_size, optimize: of quantizing; see `runtime.quantize.pack`.
         store: file that keeps the quantized experts; made if it is not there, mapped if it is.
-        dtype: of the dense part and of computing, ``float32`` or ``bfloat16`` (a loaded model keeps its own).
+        dtype: of the dense part and of computing: ``float32`` (None with device=cpu) or ``bfloat16`` (None elsewhere);
+            a loaded model keeps its own.
         dense_bits: 16, or 4 for linear layers outside router, head and embeddings.
         machine: profile whose times advance the planner's clock; by default one of this kind of device.
         link_gb_s: pace of the link, GB/s; None is the GPU's own, and 10 GB/s with device=cpu.
@@ -219,6 +220,7 @@ def offload(
         loaded, tokenizer, heads = model.requires_grad_(False), None, None
     else:
         directory = Path(model)
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         if dtype not in DTYPES:
             raise SpecError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
         spec = models.spec_of(directory)

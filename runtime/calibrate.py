@@ -1,9 +1,9 @@
-"""Measure this machine for one model: link, dense part, lookahead gates, experts, head, host time.
+"""Measure this machine for one model: link, dense part, lookahead gates, experts, head, host time, waits.
 
     python -m runtime.calibrate --out profile.json
 
-Runs the engine itself on prompts of its own and fits laws fixed + slope x quantity to what each step took. Nothing
-else of ours may run beside it; how busy others kept the processor is measured and written into the profile.
+Runs the engine itself on prompts of its own and fits laws fixed + slope x quantity to what each step took; prompts of
+other lengths, which nothing is fitted to, tell the error. Nothing else may run beside it: that is checked first.
 """
 
 from __future__ import annotations
@@ -12,29 +12,41 @@ import argparse
 import dataclasses
 import json
 import os
+import select
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers.utils import logging as transformers_logging
 
 from runtime import models, provenance
 from runtime.copier import Copier, CopierError, Request
+from runtime.devices import Device, names, open_device
 from runtime.engine import Engine, paced
+from runtime.laws import error, fitted, grouped, law, predicted, residuals, trimmed_mean
 from runtime.observe import Spans
 from runtime.store import ExpertRows, HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
-from sim.spec import options
+from sim.spec import Options, SpecError, options
 from traces.cli import Parser
 
 DEFAULT_LINK_GB_S = 0.05
-BUSY_SHARE = 0.1  # of the cores, used by others, above which a profile is labelled
+BUSY_SHARE = 0.1  # of the cores, used by others, above which nothing is measured, or the profile is labelled
+LOOK_S = 1.0  # how long others are watched beforehand
+FITTED, HELD_OUT = (8, 64, 200), (24, 120)  # tokens of the prompts the laws are fitted to, and of those that test them
+PAUSES_MS = (0.3, 1.0, 3.0, 10.0)  # waits between visits
+HELD_OUT_PAUSE_MS = 2.0
+POLICIES = ("on_demand", "speculative")
+LINK_COPIES = 200  # of each size
+LINK_PIECES = (16, 8, 4, 2, 1)  # an expert in so many chunks
+MAPE = 0.05  # held-out error above which an operator is named
 PROMPT = (
     "import random\n\n\ndef shuffle(deck):\n    for i in range(len(deck) - 1, 0, -1):\n"
     "        j = random.randint(0, i)\n"
@@ -68,142 +80,358 @@ class OtherWork:
         return max(0.0, (end[0] - self._start[0]) - (end[1] - self._start[1])) / wall
 
 
-def trimmed_mean(samples: Sequence[float]) -> float:
-    """Mean without the largest 2 %: waits that the machine, not the step, caused."""
-    ordered = np.sort(np.asarray(samples, float))
-    return float(ordered[: max(1, int(len(ordered) * 0.98))].mean())
+def check_idle(allow_busy: bool = False) -> None:
+    """Watch for a second what others do.
 
-
-def law(points: Iterable[tuple[tuple[float, ...], float, float]]) -> tuple[float, ...]:
-    """Least squares of value = fixed + slopes . quantities over (quantities, value, weight); nothing below zero.
-
-    Errors count relative to the value. A coefficient that would be negative is fixed at 0.
+    Raises:
+        ValueError: they use more than `BUSY_SHARE` of the processor, and that is not allowed.
     """
-    rows = list(points)
-    design = np.array([[1.0, *q] for q, _, _ in rows])
-    values = np.array([v for _, v, _ in rows])
-    scale = np.array([w for _, _, w in rows]) / values
-    free = list(range(design.shape[1]))
-    solution: npt.NDArray[np.float64] = np.zeros(design.shape[1])
-    while free:
-        found, *_ = np.linalg.lstsq(design[:, free] * scale[:, None], values * scale, rcond=None)
-        if (found >= 0).all():
-            solution[free] = found
-            break
-        free.pop(int(found.argmin()))
-    return tuple(float(x) for x in solution)
+    others = OtherWork()
+    time.sleep(LOOK_S)
+    share = others.share()
+    if share is not None and share > BUSY_SHARE and not allow_busy:
+        raise ValueError(
+            f"other processes use {share:.0%} of the processor; at most {BUSY_SHARE:.0%} is allowed: end them, or take a "
+            "profile labelled as of a busy machine with --allow-busy"
+        )
 
 
-def grouped(samples: Iterable[tuple[tuple[int, ...], int]]) -> list[tuple[tuple[int, ...], float, int]]:
-    """(quantities, trimmed mean in seconds, count) of samples with equal quantities."""
-    groups: dict[tuple[int, ...], list[float]] = {}
-    for key, ns in samples:
-        groups.setdefault(key, []).append(ns / 1e9)
-    return [(key, trimmed_mean(values), len(values)) for key, values in sorted(groups.items())]
+class PausingEngine(Engine):
+    """Waits for nothing for ``pause_ns`` after every visit of a decode pass, as it would wait for an expert."""
+
+    pause_ns = 0
+
+    def visit(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        result = super().visit(layer, hidden, ids, weights)
+        if self.pause_ns and len(ids) == 1:
+            until = time.monotonic_ns() + self.pause_ns
+            while time.monotonic_ns() < until:
+                select.select([], [], [], 0)
+            self._mark = time.monotonic_ns()
+        return result
 
 
-QUANTILES = 21
+@dataclass
+class Measured:
+    """Spans of engine runs: those that laws are fitted to, and those held out.
 
+    Attributes:
+        resident, held_out: by bits, every expert in a slot.
+        pauses: by pause in ns, the same at the first width.
+        policies: by SPEC, half of the experts in slots; ``gates`` by lookahead distance.
+    """
 
-def residuals(points: Iterable[tuple[tuple[int, ...], float]], found: Sequence[float]) -> tuple[float, ...]:
-    """Quantiles of measured / predicted of (quantities, seconds) under a law, without the largest 2 %."""
-    ratios = np.sort(
-        [v / max(1e-12, found[0] + sum(a * b for a, b in zip(found[1:], q, strict=True))) for q, v in points]
-    )
-    kept = ratios[: max(1, int(len(ratios) * 0.98))]
-    return tuple(round(float(x), 5) for x in np.quantile(kept, np.linspace(0, 1, QUANTILES)))
+    resident: dict[int, list[Spans]] = field(default_factory=dict)
+    held_out: dict[int, list[Spans]] = field(default_factory=dict)
+    pauses: dict[int, list[Spans]] = field(default_factory=dict)
+    policies: dict[str, list[Spans]] = field(default_factory=dict)
+    policies_held_out: dict[str, list[Spans]] = field(default_factory=dict)
+    gates: dict[int, list[Spans]] = field(default_factory=dict)
+    gates_held_out: dict[int, list[Spans]] = field(default_factory=dict)
 
 
 class Calibration:
-    """Engine runs with spans on, and the laws fitted to them.
+    """Engine runs with spans on, in rounds, and the laws fitted to all of them.
 
     Args:
         model_dir, bits: what is measured.
         tokens: decode tokens of each run.
+        policies: SPECs whose host time is measured.
+        gb_s: pace of the link where policies run.
+        device: where.
+        stores: expert stores by bits, to be shared; built (and owned) where they are missing.
+
+    Raises:
+        ModelError, StoreError, SpecError: inputs that cannot be used.
     """
 
-    def __init__(self, model_dir: Path, bits: Sequence[int], tokens: int) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        bits: Sequence[int],
+        tokens: int,
+        *,
+        policies: Sequence[str] = POLICIES,
+        gb_s: float = DEFAULT_LINK_GB_S,
+        device: str = "cpu",
+        stores: dict[int, HostStore] | None = None,
+    ) -> None:
         self.model_dir = model_dir
         self.spec = models.spec_of(model_dir)
         self.tokens = tokens
-        link = LinkProfile(DEFAULT_LINK_GB_S, 0.0, DEFAULT_LINK_GB_S, 0.0, DEFAULT_LINK_GB_S)
+        self.device = device
+        self.gb_s = gb_s
+        self.policies = {text: options(text) for text in dict.fromkeys((*POLICIES, *policies))}
+        link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
         self.rough = HardwareProfile(
-            "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=2e-4
+            "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=1e-4
         )
-        self.stores = {b: HostStore.build(model_dir, self.spec, b) for b in bits}
+        self.rounds = 0
+        self.measured = Measured()
+        self._owned: list[HostStore] = []
+        self.stores: dict[int, HostStore] = {}
+        for width in bits:
+            store = (stores or {}).get(width)
+            if store is None:
+                store = HostStore.build(model_dir, self.spec, width)
+                self._owned.append(store)
+            self.stores[width] = store
 
-    def run(self, policy: str, bits: int, slots: int, gb_s: float, prompts: Sequence[int]) -> list[Spans]:
-        """One engine run per prompt length; the first pass of each engine is a warm-up and is left out."""
-        spans = []
-        machine = paced(self.rough, gb_s)
-        engine = Engine(
+    @property
+    def widths(self) -> list[int]:
+        return list(self.stores)
+
+    def engine(self, run: Options, bits: int, slots: int, gb_s: float) -> PausingEngine:
+        """An engine that has warmed up."""
+        engine = PausingEngine(
             self.model_dir,
             bits=bits,
             slots=slots,
-            options=options(policy),
-            machine=machine,
+            options=run,
+            machine=paced(self.rough, gb_s),
             store=self.stores[bits],
             record=0,
             compiled=True,
+            device=self.device,
         )
-        with engine:
-            ids = engine.tokenizer.encode(PROMPT)
-            for _ in engine.generate(ids, 4):
+        try:
+            for _ in engine.generate(engine.tokenizer.encode(PROMPT), 6):
                 pass
-            for length in prompts:
-                engine.spans = Spans()
-                for _ in engine.generate((ids * (length // len(ids) + 1))[:length], self.tokens):
-                    pass
-                spans.append(engine.spans)
-        return spans
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
-    def operators(self) -> Operators:
-        """All laws of this model."""
-        widths = list(self.stores)
+    @staticmethod
+    def spans(engine: PausingEngine, length: int, tokens: int) -> Spans:
+        """Spans of one prompt of ``length`` tokens and of ``tokens`` new ones."""
+        ids = engine.tokenizer.encode(PROMPT)
+        engine.spans = Spans()
+        for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens):
+            pass
+        return engine.spans
+
+    def round(self) -> None:
+        """Measure everything once more."""
+        found = self.measured
         whole, half = self.spec.num_experts, max(self.spec.top_k, self.spec.num_experts // 2)
-        resident: list[Spans] = []
-        expert: dict[str, tuple[float, float]] = {}
-        expert_ratios: list[tuple[tuple[int, ...], float]] = []
-        for bits in widths:
-            spans = self.run("on_demand", bits, whole, 10.0, (8, 24, 64))
-            resident += spans
-            points = grouped(((n,), ns) for s in spans for n, ns in s.expert)
-            fixed, slope = law((q, v, count**0.5) for q, v, count in points)
-            expert[str(bits)] = (fixed, slope)
-            expert_ratios += [((), ns / 1e9 / (fixed + slope * n)) for s in spans for n, ns in s.expert]
-        dense = [((n, c // 16 * 16 + 8 + n), ns) for s in resident for layer, n, c, ns in s.dense if layer]
-        fixed, per_token, per_context = law((q, v, count**0.5) for q, v, count in grouped(dense))
-        first = [(n, c, ns) for s in resident for layer, n, c, ns in s.dense if not layer]
-        extra = [((n,), ns - round(1e9 * (fixed + per_token * n + per_context * (c + n)))) for n, c, ns in first]
-        head_points = grouped(((n,), ns) for s in resident for n, ns in s.head)
-        embed = {q: v for q, v, _ in grouped(extra)}
-        head = law((q, max(1e-9, v + embed.get(q, 0.0)), count**0.5) for q, v, count in head_points)
-        gates = []
-        host: dict[str, float] = {}
-        usual = options("speculative").lookahead
+        fast = 10.0 if self.device == "cpu" else self.gb_s
+        for bits in self.widths:
+            with self.engine(self.policies["on_demand"], bits, whole, fast) as engine:
+                for length in FITTED:
+                    found.resident.setdefault(bits, []).append(self.spans(engine, length, self.tokens))
+                for length in HELD_OUT:
+                    found.held_out.setdefault(bits, []).append(self.spans(engine, length, self.tokens // 2 + 2))
+                if bits == self.widths[0] and self.device == "cpu":
+                    self._pause(engine)
+        for text, run in self.policies.items():
+            with self.engine(run, self.widths[0], half, self.gb_s) as engine:
+                found.policies.setdefault(text, []).append(self.spans(engine, 24, self.tokens))
+                found.policies_held_out.setdefault(text, []).append(self.spans(engine, 40, self.tokens // 2 + 2))
         for distance in range(1, min(4, self.spec.num_layers - 1) + 1):
-            always = f"speculative:lookahead={distance},guard=0,trust=0"  # every visit looks ahead
-            for s in self.run(always, widths[0], half, DEFAULT_LINK_GB_S, (24,)):
-                gates.append(trimmed_mean([ns / 1e9 for n, ns in s.gates if n == 1]))
-                if distance <= usual:
-                    host["speculative"] = trimmed_mean([ns / 1e9 for n, ns in s.host if n == 1])
-        for s in self.run("on_demand", widths[0], half, DEFAULT_LINK_GB_S, (24,)):
-            host_s = [ns / 1e9 for n, ns in s.host if n == 1]
-            host["on_demand"] = trimmed_mean(host_s)
-        spread = {
-            "dense": residuals(((q, ns / 1e9) for q, ns in dense), (fixed, per_token, per_context)),
-            "expert": residuals(expert_ratios, (1.0,)),
-            "host": residuals((((), seconds) for seconds in host_s), (host["on_demand"],)),
-        }
+            run = options(f"speculative:lookahead={distance},guard=0,trust=0")  # every visit looks ahead
+            with self.engine(run, self.widths[0], half, 4 * self.gb_s) as engine:
+                found.gates.setdefault(distance, []).append(self.spans(engine, 24, self.tokens // 2 + 2))
+                found.gates_held_out.setdefault(distance, []).append(self.spans(engine, 40, self.tokens // 2 + 2))
+        self.rounds += 1
+
+    def _pause(self, engine: PausingEngine) -> None:
+        for ms in (0.0, *PAUSES_MS, HELD_OUT_PAUSE_MS):
+            engine.pause_ns = round(ms * 1e6)
+            tokens = max(6, min(self.tokens, round(48 / max(1.0, ms))))
+            self.measured.pauses.setdefault(engine.pause_ns, []).append(self.spans(engine, 24, tokens))
+        engine.pause_ns = 0
+
+    # --- laws -------------------------------------------------------------------------------------------------
+
+    def operators(self) -> tuple[Operators, dict[str, float | None]]:
+        """All laws of this model, and their errors on what was held out, by operator."""
+        found = self.measured
+        errors: dict[str, float | None] = {}
+        expert: dict[str, tuple[float, float]] = {}
+        ratios: list[tuple[tuple[int, ...], int]] = []
+        for bits in self.widths:
+            first = fitted(_experts(found.resident[bits]))
+            expert[str(bits)] = (first[0], first[1])
+            errors[f"expert at {bits} bits"] = error(_experts(found.held_out[bits]), first)
+            ratios += [((), round(ns / predicted(first, q))) for q, ns in _experts(found.resident[bits])]
+        spans = [s for by_bits in found.resident.values() for s in by_bits]
+        held = [s for by_bits in found.held_out.values() for s in by_bits]
+        dense = fitted(_dense(spans))
+        errors["dense part"] = error(_dense(held), dense)
+        head = law((q, v, count**0.5) for q, v, count in _heads(spans, dense))
+        wrong = [(abs(predicted(head, q) / v - 1), count) for q, v, count in _heads(held, dense)]
+        errors["head"] = sum(e * count for e, count in wrong) / max(1, sum(count for _, count in wrong))
+        host = {text: trimmed_mean(_host(runs)) for text, runs in found.policies.items()}
+        for text, runs in found.policies_held_out.items():
+            errors[f"host, {text}"] = abs(host[text] / trimmed_mean(_host(runs)) - 1)
         host["default"] = host["on_demand"]
-        return Operators((fixed, per_token, per_context), expert, (head[0], head[1]), tuple(gates), host, {}, spread)
+        gates = tuple(trimmed_mean(_gates(found.gates[d])) for d in sorted(found.gates))
+        for d, runs in found.gates_held_out.items():
+            errors[f"gates, {d} ahead"] = abs(gates[d - 1] / trimmed_mean(_gates(runs)) - 1)
+        cooling, errors["after a wait"] = self._cooling()
+        spread = {
+            "dense": residuals(_dense(spans), dense),
+            "expert": residuals(ratios, (1e-9,)),
+            "host": residuals([((), ns) for ns in _host_ns(found.policies["on_demand"])], (host["on_demand"],)),
+        }
+        reach = {"tokens": max(n for s in spans for _, n, _, _ in s.dense), "context": max(map(_context, spans))}
+        laws = Operators(
+            dense=(dense[0], dense[1], dense[2]),
+            expert=expert,
+            head=(head[0], head[1]),
+            gates=gates,
+            host_s=host,
+            cooling=cooling,
+            residuals=spread,
+            reach=reach,
+        )
+        return laws, errors
+
+    def _cooling(self) -> tuple[tuple[float, float], float | None]:
+        """By what share of a wait a visit takes longer after it, and at most how long; the error on a visit."""
+        if not self.measured.pauses:
+            return (0.0, 0.0), None
+        visit = {pause / 1e9: _visit_s(runs, self.spec.top_k) for pause, runs in self.measured.pauses.items()}
+        extra = {pause: max(0.0, seconds - visit[0.0]) for pause, seconds in visit.items()}
+        held = HELD_OUT_PAUSE_MS / 1e3
+        short = [p for p in extra if p and p != held and p != max(extra)]
+        share = sum(p * extra[p] for p in short) / sum(p * p for p in short)
+        most = max(extra.values())
+        return (share, most), abs((visit[0.0] + min(most, share * held)) / visit[held] - 1)
+
+    def spread(self) -> float | None:
+        """How far the rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
+        if self.rounds < 2:
+            return None
+        runs, each = self.measured.resident[self.widths[0]], len(FITTED)
+        visits = [_visit_s(runs[i : i + each], self.spec.top_k) for i in range(0, len(runs), each)]
+        return (max(visits) - min(visits)) / float(np.mean(visits))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for store in self.stores.values():
+        for store in self._owned:
             store.close()
+
+
+def _experts(runs: Sequence[Spans]) -> list[tuple[tuple[int, ...], int]]:
+    return [((n,), ns) for s in runs for n, ns in s.expert]
+
+
+def _dense(runs: Sequence[Spans]) -> list[tuple[tuple[int, ...], int]]:
+    """By tokens and context (in steps of 16); without the first layer, which follows the head."""
+    return [((n, c // 16 * 16 + 8 + n), ns) for s in runs for layer, n, c, ns in s.dense if layer]
+
+
+def _heads(runs: Sequence[Spans], dense: Sequence[float]) -> list[tuple[tuple[int, ...], float, int]]:
+    """Head by tokens, with what the first layer takes beyond the dense law: embedding, masks."""
+    extra = [
+        ((n,), ns - round(1e9 * predicted(dense, (n, c + n))))
+        for s in runs
+        for layer, n, c, ns in s.dense
+        if not layer
+    ]
+    first = {q: seconds for q, seconds, _ in grouped(extra)}
+    heads = grouped(((n,), ns) for s in runs for n, ns in s.head)
+    return [(q, max(1e-9, seconds + first.get(q, 0.0)), count) for q, seconds, count in heads]
+
+
+def _host_ns(runs: Sequence[Spans]) -> list[int]:
+    return [ns for s in runs for n, ns in s.host if n == 1]
+
+
+def _host(runs: Sequence[Spans]) -> list[float]:
+    return [ns / 1e9 for ns in _host_ns(runs)]
+
+
+def _gates(runs: Sequence[Spans]) -> list[float]:
+    return [ns / 1e9 for s in runs for n, ns in s.gates if n == 1]
+
+
+def _context(spans: Spans) -> int:
+    return max(n + c for _, n, c, _ in spans.dense)
+
+
+def _visit_s(runs: Sequence[Spans], top_k: int) -> float:
+    """A decode visit, everything resident."""
+    dense = [ns / 1e9 for s in runs for layer, n, _, ns in s.dense if layer and n == 1]
+    expert = [ns / 1e9 for s in runs for n, ns in s.expert if n == 1]
+    return trimmed_mean(dense) + trimmed_mean(_host(runs)) + top_k * trimmed_mean(expert)
+
+
+# --- the link -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinkLaws:
+    """MEASURED: fixed seconds and decimal GB/s of each direction's copies, alone, together, and beside computing.
+
+    ``error`` is of the H2D law at sizes it was not fitted to.
+    """
+
+    h2d: tuple[float, float]
+    d2h: tuple[float, float]
+    h2d_duplex_gb_s: float
+    h2d_computing_gb_s: float
+    error: float
+    copies: int
+
+
+def _chunk_seconds(
+    device: Device, store: ExpertRows, pace: float, chunk: int, count: int, h2d: bool, d2h: bool, busy: bool = False
+) -> tuple[float, float]:
+    """Seconds of one chunk in each direction (0: not copied), of ``count`` in a row that wait for nothing."""
+    pieces = -(-store.expert_bytes // chunk)
+    loads = max(1, -(-count // pieces))
+    matrix = torch.ones(256, 256, device=device.torch_device)
+    with (
+        closing(device.slots(4, store.expert_bytes)) as pool,
+        closing(
+            device.copier(
+                store, pool, bytes_per_s=pace, fixed_s=0.0, chunk_bytes=chunk, write_back_bytes_per_s=pace if d2h else None
+            )
+        ) as copier,
+    ):
+        requests = [Request(i, i % store.count, i % 4) for i in range(loads if h2d else 0)]
+        start = time.monotonic_ns()
+        copier.apply(demand=requests, write_back=[i % 4 for i in range(loads if d2h else 0)])
+        end = start
+        for _ in requests:
+            if busy:
+                matrix @ matrix
+            end = copier.wait().end_ns
+        there = (end - start) / 1e9 / (loads * pieces) if h2d else 0.0
+        copier.drain()
+        back = (time.monotonic_ns() - start) / 1e9 / (loads * pieces) if d2h else 0.0
+        return there, back
+
+
+def link_laws(device: Device, store: ExpertRows, pace: float, copies: int = LINK_COPIES) -> LinkLaws:
+    """Copies of five sizes, ``copies`` of each, each direction alone and both, with the processor idle and computing.
+
+    ``pace`` in bytes/s; infinite: the link's own speed. Fixed times count per chunk.
+    """
+    sizes = [-(-store.expert_bytes // pieces) for pieces in LINK_PIECES]
+    runs = [(size, _chunk_seconds(device, store, pace, size, copies, True, False)[0]) for size in sizes]
+    backs = [(size, _chunk_seconds(device, store, pace, size, copies, False, True)[1]) for size in sizes]
+    fixed, slope = law(((size,), s, 1.0) for size, s in runs[::2])
+    wrong = [abs((fixed + slope * size) / s - 1) for size, s in runs[1::2]]
+    back_fixed, back_slope = law(((size,), s, 1.0) for size, s in backs)
+    whole = sizes[-1]
+    together = _chunk_seconds(device, store, pace, whole, copies, True, True)[0]
+    computing = _chunk_seconds(device, store, pace, whole, copies, True, False, busy=True)[0]
+    return LinkLaws(
+        (fixed, 1e-9 / slope),
+        (back_fixed, 1e-9 / back_slope),
+        min(whole / together / 1e9, 1e-9 / slope),
+        whole / computing / 1e9,
+        max(wrong),
+        copies * (len(sizes) * 2 + 2),
+    )
 
 
 def paced_link(store: ExpertRows, gb_s: float, seconds: float = 1.0, most: int = 64) -> tuple[float, float]:
@@ -248,108 +476,3 @@ def tflops() -> float:
         a @ a
         times.append(time.perf_counter() - start)
     return 2 * 768**3 / min(times) / 1e12
-
-
-def calibrate(
-    model_dir: Path, bits: Sequence[int], *, gb_s: float = DEFAULT_LINK_GB_S, tokens: int = 48, name: str = "cpu"
-) -> HardwareProfile:
-    """A MEASURED profile of this machine for this model, its link paced to ``gb_s``.
-
-    Raises:
-        ModelError, StoreError, SpecError: inputs that cannot be used.
-    """
-    others_work = OtherWork()
-    with Calibration(model_dir, bits, tokens) as calibration:
-        operators = calibration.operators()
-        rate, wait_s = paced_link(next(iter(calibration.stores.values())), gb_s)
-    memory, arithmetic = memory_gb_s(), tflops()
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    others = others_work.share()
-    made = f"{provenance.machine()}, commit {provenance.commit()}"
-    busy = "not known" if others is None else f"{others:.0%} of the cores"
-    measured = f"measured: {made}; used by other processes meanwhile: {busy}"
-    sources = {
-        "link.h2d_gb_s": f"stated: the copier's pace; bursts reached {rate:.5g} GB/s",
-        "link.h2d_fixed_s": "stated: paced copies have no fixed cost",
-        "link.d2h_gb_s": "stated: as h2d",
-        "link.d2h_fixed_s": "stated: as h2d",
-        "link.h2d_duplex_gb_s": "stated: as h2d",
-        "memory_gb_s": measured + "; a 64 MB copy on one thread, bytes read and written",
-        "tflops": measured + "; a 768 x 768 float32 product on one thread",
-        "wake_s": measured + "; from the end of a load until the waiting engine knows of it, mean",
-        "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
-        "operators": measured + f"; engine runs of {tokens} tokens, trimmed means, least squares",
-        "vram_gb": "the device is the host's memory",
-        "host_gb": "the system's figure",
-    }
-    link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
-    evidence = "MEASURED" if others is not None and others <= BUSY_SHARE else "MEASURED (busy machine)"
-    return HardwareProfile(
-        name=name,
-        vram_gb=round(host_bytes / 1e9, 1),
-        host_gb=round(host_bytes / 1e9, 1),
-        link=link,
-        memory_gb_s=memory,
-        tflops=arithmetic,
-        host_s=operators.host_s["on_demand"],
-        wake_s=wait_s,
-        evidence=evidence,
-        operators={calibration.spec.name: operators},
-        sources=sources,
-    )
-
-
-def save(profile: HardwareProfile, path: Path) -> None:
-    """Write a profile file, complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(profile.to_json(), indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def parser() -> argparse.ArgumentParser:
-    p = Parser(prog="python -m runtime.calibrate", description=__doc__.splitlines()[0])
-    p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
-    p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
-    p.add_argument(
-        "--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, metavar="X", help="pace of the link (default %(default)s)"
-    )
-    p.add_argument(
-        "--tokens", type=int, default=48, metavar="N", help="decode tokens of each run (default %(default)s)"
-    )
-    p.add_argument("--name", default="cpu", help="name of the profile (default %(default)s)")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, a .json file")
-    return p
-
-
-def main() -> int:
-    args = parser().parse_args()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    try:
-        provenance.check_folder("--out", args.out)
-        if not 1e-4 <= args.link_gb_s <= 100:
-            raise ValueError(f"--link-gb-s is {args.link_gb_s}; it must be 0.0001 to 100")
-        if args.tokens < 8:
-            raise ValueError(f"--tokens is {args.tokens}; it must be at least 8")
-        profile = calibrate(args.model, args.bits or [4], gb_s=args.link_gb_s, tokens=args.tokens, name=args.name)
-        save(profile, args.out)
-    except (ValueError, OSError, CopierError) as error:
-        print(f"runtime.calibrate: {error}", file=sys.stderr)
-        return 2
-    laws = next(iter(profile.operators.values()))
-    print(f"{profile.name}, {profile.evidence}: {profile.sources['operators']}")
-    print(f"dense part of a layer   {laws.dense[0] * 1e6:8.1f} us + {laws.dense[2] * 1e9:.1f} ns per token of context")
-    for width, (fixed, slope) in laws.expert.items():
-        print(
-            f"expert at {width:>2} bits       {(fixed + slope) * 1e6:8.1f} us for one token, {slope * 1e6:.2f} us each"
-        )
-    print(f"head and embedding      {(laws.head[0] + laws.head[1]) * 1e6:8.1f} us")
-    print("lookahead gates         " + ", ".join(f"d={d} {s * 1e6:.1f} us" for d, s in enumerate(laws.gates, 1)))
-    print("host, per visit         " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in laws.host_s.items()))
-    print(f"arrival notice          {profile.wake_s * 1e6:8.1f} us; link: {profile.sources['link.h2d_gb_s']}")
-    print(json.dumps({"out": str(args.out), **dataclasses.asdict(profile)}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -28,7 +28,7 @@ from runtime.store import ExpertRows, SlotPool
 __all__ = ["Arrival", "BaseCopier", "Copier", "CopierError", "CopierStats", "Request"]
 
 _SLOWEST_READ = 1e8  # bytes/s of a disk from which a mapped store comes
-_SPIN_NS = 150_000  # sleeping overshoots by about 0.1 ms; the last stretch of a wait is spun instead
+_SPIN_S = 0.05  # a wait is spun so long: a processor that sleeps wakes late, and slow for some 0.05 ms
 
 
 class CopierError(RuntimeError):
@@ -150,7 +150,7 @@ class BaseCopier(ABC):
         while True:
             self._receive(0)
             if self._announced and self._announced[0].end_ns <= limit_ns:
-                _sleep_until(self._announced[0].end_ns)
+                _spin_until(self._announced[0].end_ns)
                 if (arrival := self._pop()) is not None:
                     return arrival
                 continue
@@ -173,7 +173,7 @@ class BaseCopier(ABC):
         """
         token = self._query(wire.DRAIN)
         idle_ns, _ = self._await((wire.IDLE, token), "to finish its queue", timeout_s)
-        _sleep_until(idle_ns)
+        _spin_until(idle_ns)
 
     def stats(self) -> CopierStats:
         """Totals so far.
@@ -317,7 +317,7 @@ class Copier(BaseCopier):
     def _receive(self, timeout_s: float) -> None:
         if not self._close.alive:
             raise CopierError("the copier is closed; start another")
-        if timeout_s and not select.select([self._socket], [], [], timeout_s)[0]:
+        if timeout_s and not self._readable(timeout_s):
             return
         try:
             data = self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -337,6 +337,14 @@ class Copier(BaseCopier):
             self._take(kind, load_or_token, at_ns, bytes(self._in[body : body + size]))
             taken = body + size
         del self._in[:taken]
+
+    def _readable(self, timeout_s: float) -> bool:
+        """Whether a message comes within ``timeout_s``; the first ``_SPIN_S`` of it are spun."""
+        spin_until = time.monotonic() + min(_SPIN_S, timeout_s)
+        while time.monotonic() < spin_until:
+            if select.select([self._socket], [], [], 0)[0]:
+                return True
+        return bool(select.select([self._socket], [], [], max(0.0, timeout_s - _SPIN_S))[0])
 
     def _died(self) -> CopierError:
         """What ended the process, with what it wrote to its standard error."""
@@ -402,10 +410,7 @@ def _end(connection: socket.socket, process: subprocess.Popen[bytes]) -> None:
         process.stderr.close()
 
 
-def _sleep_until(at_ns: int) -> None:
-    """Return at ``at_ns``: asleep until shortly before, then spinning."""
-    left = at_ns - time.monotonic_ns()
-    if left > _SPIN_NS:
-        time.sleep((left - _SPIN_NS) / 1e9)
+def _spin_until(at_ns: int) -> None:
+    """Return at ``at_ns``; other threads of this interpreter go on meanwhile."""
     while time.monotonic_ns() < at_ns:
-        pass
+        time.sleep(0)

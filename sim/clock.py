@@ -15,6 +15,7 @@ from sim.state import (
     CLAIM_HITS,
     CLAIMED,
     CLAIMS,
+    COOLED,
     DEMANDED,
     DISPLACED,
     EARLY_LEN,
@@ -222,8 +223,9 @@ def serial(s: State, c: Config, t: Times, routed: int) -> int:
     n[SERIAL_COPIES] = loads
     n[SERIAL_HOST] = host_ns
     n[STALL_MISS] = copies_ns + host_ns
+    n[COOLED] = cooled_ns(t, copies_ns + host_ns)
     n[WASTED] = n[RETRACTS] * t.expert_bytes
-    return n[PLANNED] + copies_ns + host_ns + compute_ns
+    return n[PLANNED] + copies_ns + host_ns + n[COOLED] + compute_ns
 
 
 def compute(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, routed: int) -> int:
@@ -270,7 +272,9 @@ def compute(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, rout
         i = s.waiting[best]
         stall_ns = max(0, w.done[s.copies[i]] - now)
         n[STALL_LATE if s.fate[i] == CLAIMED else STALL_MISS] += stall_ns
-        now += stall_ns + t.expert_ns[s.counts[i]]
+        cooled = cooled_ns(t, stall_ns)
+        n[COOLED] += cooled
+        now += stall_ns + cooled + t.expert_ns[s.counts[i]]
         wire.free_copy(w, s.copies[i])
         waiting -= 1
         for k in range(best, waiting):
@@ -292,8 +296,15 @@ def compute(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, rout
                 wire.advance(w, t, w.i[HOST_NEXT])
         stall_ns = max(0, w.i[HOST_END] - now)
         n[STALL_MISS] += stall_ns
-        now += stall_ns
+        cooled = cooled_ns(t, stall_ns)
+        n[COOLED] += cooled
+        now += stall_ns + cooled
     return now
+
+
+def cooled_ns(t: Times, wait_ns: int) -> int:
+    """How much longer computing takes right after a wait."""
+    return min(t.cooling_max_ns, wait_ns * t.cooling_ppm // 1_000_000)
 
 
 def first_done(s: State, w: Wire, waiting: int) -> int:

@@ -13,6 +13,7 @@ from sim.state import (
     ACCESSES,
     ADMITTED,
     CLAIM_HITS,
+    COOLED,
     CLAIMED,
     CLAIMS,
     DEMANDED,
@@ -51,7 +52,7 @@ def begin_plan(s: State, c: Config, index: int, layer: int, cold: bool) -> None:
     """Start the plan of visit ``index``: marks what is routed; ``cold`` empties the caches first."""
     n = s.n
     n[CLAIMS] = n[STREAMS] = n[DISPLACED] = n[RETRACTS] = n[PREFETCHES] = n[HANDED] = 0
-    n[CLAIM_HITS] = n[STALL_MISS] = n[STALL_LATE] = n[SERIAL_COPIES] = n[SERIAL_HOST] = n[WASTED] = 0
+    n[CLAIM_HITS] = n[STALL_MISS] = n[STALL_LATE] = n[COOLED] = n[SERIAL_COPIES] = n[SERIAL_HOST] = n[WASTED] = 0
     if cold:
         forget(s, c)
     for k in range(n[RELEASED]):

@@ -13,6 +13,7 @@ from sim.decide import Rules
 from sim.state import (
     CLAIM_HITS,
     CLAIMS,
+    COOLED,
     DEMANDED,
     HOST_BUSY,
     HOSTED,
@@ -294,6 +295,7 @@ def count(s: State, c: Config, t: Times, counts: Array, k: int, routed: int, use
     counts[k + RETRACTED] += n[RETRACTS]
     counts[k + H2D_BYTES] += (demand + n[CLAIMS]) * t.expert_bytes + n[WASTED]
     counts[k + WASTED_BYTES] += n[WASTED]
+    counts[k + COMPUTE] += n[COOLED]
     counts[k + STALLED_MISS] += n[STALL_MISS]
     counts[k + STALLED_LATE] += n[STALL_LATE]
     counts[k + LINK_BUSY] += n[SERIAL_COPIES] * t.load_ns

@@ -46,6 +46,8 @@ class Operators:
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
         host_expert: like ``expert``, computed on the host.
+        cooling: computing after a wait takes this share of the wait longer, and at most so many seconds: meanwhile caches
+            hold less of the model.
         residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
             evenly spaced from the smallest to the largest; what `sim.noise` jitters timings by. Absent: a stated width.
     """
@@ -56,6 +58,7 @@ class Operators:
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
+    cooling: tuple[float, float] = (0.0, 0.0)
     residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -177,6 +180,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         return {bits: (first, second) for bits, (first, second) in laws.items()}
 
     head = seconds("head", law["head"], 2)
+    share, most = seconds("cooling", law.get("cooling", (0.0, 0.0)), 2)
     return Operators(
         dense=(fixed, token, context),
         expert=by_bits("expert") if law["expert"] else {},
@@ -184,6 +188,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         gates=seconds("gates", law.get("gates", ())),
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
+        cooling=(share, most),
         residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},
     )
 

@@ -151,9 +151,9 @@ class Simulation:
             now = self.now
             expert, there_at = self._first(waiting, now)
             del waiting[expert]
-            expert_ns = timing.expert_ns(tokens[expert])
-            counts.compute_ns += expert_ns
             stall_ns = max(0, there_at - now)
+            expert_ns = timing.cooled_ns(stall_ns) + timing.expert_ns(tokens[expert])
+            counts.compute_ns += expert_ns
             if expert in late:
                 counts.stall_late_ns += stall_ns
             else:
@@ -171,8 +171,10 @@ class Simulation:
             if stall_ns > 0:
                 if self._timeline:
                     self._timeline.slice(COMPUTE, f"stall {visit.layer}", self.now, self.now + stall_ns)
-                yield env.timeout(stall_ns)
+                cooled_ns = timing.cooled_ns(stall_ns)
+                yield env.timeout(stall_ns + cooled_ns)
                 counts.stall_miss_ns += stall_ns
+                counts.compute_ns += cooled_ns
 
     def _claims(
         self, plan: Plan, known_at: int, planned: int, counts: Counts
@@ -261,10 +263,14 @@ class Simulation:
         counts.compute_ns += device_ns
         counts.stall_miss_ns += host_ns
         counts.host_busy_ns += host_ns
-        end = planned + copies + timing.shared_ns + device_ns + host_ns
+        cooled_ns = timing.cooled_ns(copies + host_ns)
+        counts.compute_ns += cooled_ns
+        end = planned + copies + timing.shared_ns + cooled_ns + device_ns + host_ns
         yield self.env.timeout(end - self.now)
         if self._timeline:
             device = [(e, timing.expert_ns(n)) for e, n in tokens.items() if e not in plan.host]
+            if device:
+                device[0] = (device[0][0], device[0][1] + cooled_ns)
             self._timeline.computed(visit.layer, timing.shared_ns, device, planned + copies)
             if host_ns:
                 self._timeline.slice(COMPUTE, f"stall {visit.layer}", end - host_ns, end)

@@ -55,10 +55,11 @@ PENDING, KEPT = 1, 2
     STALL_MISS,
     STALL_LATE,
     SERIAL_COPIES,
+    COOLED,  # nanoseconds that computing took longer because it had waited
     SERIAL_HOST,  # nanoseconds of experts on the host
     WASTED,  # bytes of retracted prefetches
     TOTAL_SCALARS,
-) = range(36)
+) = range(37)
 
 
 class Config(NamedTuple):
@@ -343,6 +344,7 @@ class Times(NamedTuple):
         shared_ns: shared experts of a layer.
         host_ns: planning one visit.
         wake_ns: until a plan reaches the link.
+        cooling_ppm, cooling_max_ns: computing after a wait takes this share of the wait longer, at most so long.
         sync_ns, gates_ns: bringing the routing to the host; the lookahead gates.
         plain_ns: a decode visit without any stall, the unit in which the planner looks ahead.
         chunks, full_ns, last_ns: of one load: how many chunks, a full one's time, the last one's.
@@ -360,6 +362,8 @@ class Times(NamedTuple):
     shared_ns: int
     host_ns: int
     wake_ns: int
+    cooling_ppm: int
+    cooling_max_ns: int
     sync_ns: int
     gates_ns: int
     plain_ns: int

@@ -34,7 +34,7 @@ from runtime.laws import error, fitted, grouped, law, predicted, residuals, trim
 from runtime.observe import Spans
 from runtime.store import ExpertRows, HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
-from sim.spec import Options, SpecError, options
+from sim.spec import Options, options
 from traces.cli import Parser
 
 DEFAULT_LINK_GB_S = 0.05
@@ -91,8 +91,8 @@ def check_idle(allow_busy: bool = False) -> None:
     share = others.share()
     if share is not None and share > BUSY_SHARE and not allow_busy:
         raise ValueError(
-            f"other processes use {share:.0%} of the processor; at most {BUSY_SHARE:.0%} is allowed: end them, or take a "
-            "profile labelled as of a busy machine with --allow-busy"
+            f"other processes use {share:.0%} of the processor; at most {BUSY_SHARE:.0%} is allowed: end them, or "
+            "take a profile labelled as of a busy machine with --allow-busy"
         )
 
 
@@ -101,9 +101,7 @@ class PausingEngine(Engine):
 
     pause_ns = 0
 
-    def visit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         result = super().visit(layer, hidden, ids, weights)
         if self.pause_ns and len(ids) == 1:
             until = time.monotonic_ns() + self.pause_ns
@@ -303,7 +301,7 @@ class Calibration:
         return (share, most), abs((visit[0.0] + min(most, share * held)) / visit[held] - 1)
 
     def spread(self) -> float | None:
-        """How far the rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
+        """How far rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
         if self.rounds < 2:
             return None
         runs, each = self.measured.resident[self.widths[0]], len(FITTED)
@@ -330,10 +328,7 @@ def _dense(runs: Sequence[Spans]) -> list[tuple[tuple[int, ...], int]]:
 def _heads(runs: Sequence[Spans], dense: Sequence[float]) -> list[tuple[tuple[int, ...], float, int]]:
     """Head by tokens, with what the first layer takes beyond the dense law: embedding, masks."""
     extra = [
-        ((n,), ns - round(1e9 * predicted(dense, (n, c + n))))
-        for s in runs
-        for layer, n, c, ns in s.dense
-        if not layer
+        ((n,), ns - round(1e9 * predicted(dense, (n, c + n)))) for s in runs for layer, n, c, ns in s.dense if not layer
     ]
     first = {q: seconds for q, seconds, _ in grouped(extra)}
     heads = grouped(((n,), ns) for s in runs for n, ns in s.head)
@@ -392,7 +387,12 @@ def _chunk_seconds(
         closing(device.slots(4, store.expert_bytes)) as pool,
         closing(
             device.copier(
-                store, pool, bytes_per_s=pace, fixed_s=0.0, chunk_bytes=chunk, write_back_bytes_per_s=pace if d2h else None
+                store,
+                pool,
+                bytes_per_s=pace,
+                fixed_s=0.0,
+                chunk_bytes=chunk,
+                write_back_bytes_per_s=pace if d2h else None,
             )
         ) as copier,
     ):
@@ -476,3 +476,196 @@ def tflops() -> float:
         a @ a
         times.append(time.perf_counter() - start)
     return 2 * 768**3 / min(times) / 1e12
+
+
+# --- the profile --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """A profile, and how well its laws say what they were not fitted to.
+
+    Attributes:
+        errors: held-out error (MAPE) by operator; None where nothing was held out.
+        spread: of a resident visit over the rounds.
+    """
+
+    profile: HardwareProfile
+    errors: dict[str, float | None]
+    spread: float | None
+
+
+def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
+    """The MEASURED profile of what a calibration has measured so far; measures the link now."""
+    laws, errors = work.operators()
+    first = next(iter(work.stores.values()))
+    device = open_device(work.device)
+    pace = work.gb_s * 1e9 if work.device == "cpu" else float("inf")
+    with device.hold(first):
+        link = link_laws(device, first, pace)
+    _, wait_s = paced_link(first, work.gb_s) if work.device == "cpu" else (0.0, 0.0)
+    memory, arithmetic = memory_gb_s(), tflops()
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = others.share()
+    made = f"{provenance.machine()}, commit {provenance.commit()}"
+    busy = "not known" if share is None else f"{share:.0%} of the cores"
+    measured = f"measured: {made}; used by other processes meanwhile: {busy}"
+    errors["link"] = link.error
+    stated = work.device == "cpu"
+    found = LinkProfile(work.gb_s, 0.0, work.gb_s, 0.0, work.gb_s)
+    reached = (
+        f"copies of five sizes reached {link.h2d[1]:.5g} GB/s to the device, {link.d2h[1]:.5g} back, "
+        f"{link.h2d_duplex_gb_s:.5g} while both copy, {link.h2d_computing_gb_s:.5g} beside computing"
+    )
+    if not stated:
+        found = LinkProfile(link.h2d[1], link.h2d[0], link.d2h[1], link.d2h[0], link.h2d_duplex_gb_s)
+    sources = {
+        "link.h2d_gb_s": f"stated: the copier's pace; {reached}" if stated else f"{measured}; {reached}",
+        "link.h2d_fixed_s": "stated: paced copies have no fixed cost" if stated else measured,
+        "link.d2h_gb_s": "stated: as h2d" if stated else measured,
+        "link.d2h_fixed_s": "stated: as h2d" if stated else measured,
+        "link.h2d_duplex_gb_s": "stated: as h2d" if stated else measured,
+        "memory_gb_s": measured + "; a 64 MB copy on one thread, bytes read and written",
+        "tflops": measured + "; a 768 x 768 float32 product on one thread",
+        "wake_s": measured + "; from the end of a load until the waiting engine knows of it, mean",
+        "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
+        "operators": measured
+        + f"; engine runs of {work.tokens} tokens in {work.rounds} rounds, trimmed means, least squares",
+        "vram_gb": "the device is the host's memory",
+        "host_gb": "the system's figure",
+    }
+    idle = share is not None and share <= BUSY_SHARE
+    profile = HardwareProfile(
+        name=name,
+        vram_gb=round(host_bytes / 1e9, 1),
+        host_gb=round(host_bytes / 1e9, 1),
+        link=found,
+        memory_gb_s=memory,
+        tflops=arithmetic,
+        host_s=laws.host_s["on_demand"],
+        wake_s=wait_s,
+        evidence="MEASURED" if idle else "MEASURED (busy machine)",
+        operators={work.spec.name: laws},
+        sources=sources,
+    )
+    return Result(profile, errors, work.spread())
+
+
+def calibrate(
+    model_dir: Path,
+    bits: Sequence[int],
+    *,
+    gb_s: float = DEFAULT_LINK_GB_S,
+    tokens: int = 32,
+    rounds: int = 2,
+    policies: Sequence[str] = POLICIES,
+    name: str = "cpu",
+    device: str = "cpu",
+) -> Result:
+    """A MEASURED profile of this machine for this model, its link paced to ``gb_s``.
+
+    Raises:
+        ModelError, StoreError, SpecError: inputs that cannot be used.
+    """
+    others = OtherWork()
+    with Calibration(model_dir, bits, tokens, policies=policies, gb_s=gb_s, device=device) as work:
+        for _ in range(rounds):
+            work.round()
+        return profile_of(work, others, name)
+
+
+def save(profile: HardwareProfile, path: Path) -> None:
+    """Write a profile file, complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(profile.to_json(), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def lines(result: Result) -> Iterator[str]:
+    """What was found, for people."""
+    profile = result.profile
+    laws = next(iter(profile.operators.values()))
+    yield f"{profile.name}, {profile.evidence}: {profile.sources['operators']}"
+    yield f"dense part of a layer   {laws.dense[0] * 1e6:8.1f} us + {laws.dense[2] * 1e9:.1f} ns per token of context"
+    for width, (fixed, slope) in laws.expert.items():
+        one = (fixed + slope) * 1e6
+        yield f"expert at {width:>2} bits       {one:8.1f} us for one token, {slope * 1e6:.2f} us each"
+    yield f"head and embedding      {(laws.head[0] + laws.head[1]) * 1e6:8.1f} us"
+    yield "lookahead gates         " + ", ".join(f"d={d} {s * 1e6:.1f} us" for d, s in enumerate(laws.gates, 1))
+    yield "host, per visit         " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in laws.host_s.items())
+    yield f"arrival notice          {profile.wake_s * 1e6:8.1f} us; link: {profile.sources['link.h2d_gb_s']}"
+    yield (
+        f"after a wait            a visit takes {laws.cooling[0]:.1%} of the wait longer, at most "
+        f"{laws.cooling[1] * 1e6:.0f} us"
+    )
+    known = {k: e for k, e in result.errors.items() if e is not None}
+    yield "error on what was held out: " + ", ".join(f"{k} {e:.1%}" for k, e in known.items())
+    worse = [k for k, e in known.items() if e > MAPE]
+    yield f"above {MAPE:.0%}: {', '.join(worse)}" if worse else f"none above {MAPE:.0%}"
+    if result.spread is not None:
+        yield f"rounds differ by {result.spread:.1%}"
+    yield f"simulates up to {' and '.join(f'{1.5 * v:.0f} tokens of {k}' for k, v in laws.reach.items())}".replace(
+        "tokens of tokens", "tokens in a pass"
+    ).replace("tokens of context", "of context")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(prog="python -m runtime.calibrate", description=__doc__.splitlines()[0])
+    p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
+    p.add_argument("--device", choices=names(), default="cpu", help="where experts are computed (default %(default)s)")
+    p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
+    p.add_argument(
+        "--policy",
+        action="append",
+        metavar="SPEC",
+        help=f"whose host time is measured too, repeatable (always: {', '.join(POLICIES)})",
+    )
+    p.add_argument(
+        "--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, metavar="X", help="pace of the link (default %(default)s)"
+    )
+    p.add_argument(
+        "--tokens", type=int, default=32, metavar="N", help="decode tokens of each run (default %(default)s)"
+    )
+    p.add_argument(
+        "--rounds", type=int, default=2, metavar="N", help="everything is measured N times (default %(default)s)"
+    )
+    p.add_argument("--allow-busy", action="store_true", help="measure although others use the processor, and say so")
+    p.add_argument("--name", default="cpu", help="name of the profile (default %(default)s)")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, a .json file")
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    try:
+        provenance.check_folder("--out", args.out)
+        if not 1e-4 <= args.link_gb_s <= 100:
+            raise ValueError(f"--link-gb-s is {args.link_gb_s}; it must be 0.0001 to 100")
+        for flag, value, least in (("tokens", args.tokens, 8), ("rounds", args.rounds, 1)):
+            if value < least:
+                raise ValueError(f"--{flag} is {value}; it must be at least {least}")
+        check_idle(args.allow_busy)
+        result = calibrate(
+            args.model,
+            args.bits or [4],
+            gb_s=args.link_gb_s,
+            tokens=args.tokens,
+            rounds=args.rounds,
+            policies=args.policy or (),
+            name=args.name,
+            device=args.device,
+        )
+        save(result.profile, args.out)
+    except (ValueError, OSError, CopierError) as problem:
+        print(f"runtime.calibrate: {problem}", file=sys.stderr)
+        return 2
+    print("\n".join(lines(result)))
+    found = {"out": str(args.out), "held_out_errors": result.errors, "spread": result.spread}
+    print(json.dumps(found | dataclasses.asdict(result.profile)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

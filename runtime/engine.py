@@ -28,6 +28,7 @@ class Engine(Executor):
         model_dir: a transformers checkpoint.
         bits, slots, options, machine, record, record_logits, record_all, compiled: as `Executor`.
         gates: heads of a trained predictor; those of the model directory when None.
+        device: where experts are computed.
         store: an expert store to share between engines; built (and owned) when None.
 
     Raises:
@@ -49,17 +50,20 @@ class Engine(Executor):
         record_all: bool = True,
         compiled: bool = False,
         gates: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         check_options(options)
         spec = models.spec_of(model_dir)
         self._owned = HostStore.build(model_dir, spec, bits) if store is None else None
         try:
+            place = open_device(device)
             self.model, self.tokenizer = models.load(model_dir)
+            self.model.to(place.torch_device)
             super().__init__(
                 self.model,
                 spec,
                 store or self._owned,
-                open_device("cpu"),
+                place,
                 bits=bits,
                 slots=slots,
                 options=options,
@@ -96,9 +100,10 @@ class Engine(Executor):
         for _ in range(max_new_tokens):
             phase = DECODE if context else PREFILL
             self.begin_pass(phase, len(ids), context, domain=domain)
-            out = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            tokens = torch.tensor([ids], device=self.device.torch_device)
+            out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            token = choose(out.logits[0, -1], temperature, generator)
+            token = choose(out.logits[0, -1].cpu(), temperature, generator)
             self.end_pass()
             context += len(ids)
             ids = [token]

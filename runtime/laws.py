@@ -1,4 +1,4 @@
-"""Fitting measured durations: laws fixed + slope x quantity, their residuals, and their error where they were not fitted."""
+"""Fitting measured durations: laws fixed + slope x quantity, their residuals, their error on what was held out."""
 
 from __future__ import annotations
 

@@ -299,7 +299,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             )
     else:
         print("calibrating (name a profile with --profile to skip this) ...", file=sys.stderr)
-        profile = calibrate.calibrate(args.model, widths)
+        policies = [cell.options.text for cell in cells]
+        profile = calibrate.calibrate(args.model, widths, policies=policies).profile
     work = Validation(args.model, profile, asked, args.tokens, args.seed, bool(args.timeline))
     try:
         work.measure(replace(cells[0], runs=[], logs=[]))  # a warm-up that nobody keeps

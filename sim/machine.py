@@ -46,8 +46,9 @@ class Operators:
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
         host_expert: like ``expert``, computed on the host.
-        cooling: computing after a wait takes this share of the wait longer, and at most so many seconds: meanwhile caches
-            hold less of the model.
+        cooling: computing after a wait takes this share of the wait longer, and at most so many seconds: caches hold
+            less of the model then.
+        reach: most ``tokens`` in a pass and most ``context`` that were measured; absent: not known.
         residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
             evenly spaced from the smallest to the largest; what `sim.noise` jitters timings by. Absent: a stated width.
     """
@@ -59,6 +60,7 @@ class Operators:
     host_s: dict[str, float] = field(default_factory=dict)
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
     cooling: tuple[float, float] = (0.0, 0.0)
+    reach: dict[str, float] = field(default_factory=dict)
     residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -189,8 +191,15 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
         cooling=(share, most),
+        reach=_reach(f"{where}.reach", law.get("reach", {})),
         residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},
     )
+
+
+def _reach(where: str, values: Any) -> dict[str, float]:
+    if not isinstance(values, dict) or not set(values) <= {"tokens", "context"}:
+        raise SpecError(f"{where} is {values!r}; it must be an object of tokens and context")
+    return {name: _positive(f"{where}.{name}", value) for name, value in values.items()}
 
 
 RESIDUALS = ("dense", "expert", "host", "link")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sim.link import ChunkTimes
-from sim.machine import HardwareProfile, LinkProfile
+from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import Options, SpecError
 from sim.state import Times
 from traces import ModelSpec
@@ -108,7 +108,7 @@ class Timing:
         gates_s = laws.gates[min(options.lookahead, len(laws.gates)) - 1] if options.lookahead and laws.gates else 0.0
         self.gates_ns = ns(gates_s)
         self.sync_ns = 0
-        self.host_ns = ns(laws.host_s.get(options.policy.name, laws.host_s.get("default", self.machine.host_s)))
+        self.host_ns = ns(host_seconds(laws, options, self.machine.host_s))
         self.shared_ns = 0
         self._cooling_ppm, self._cooling_max_ns = round(laws.cooling[0] * 1e6), ns(laws.cooling[1])
         expert_fixed, expert_token = laws.expert[str(bits)]
@@ -208,6 +208,12 @@ class Timing:
             chunk_bytes=chunks.size,
         )
         return TimeTables(self, times)
+
+
+def host_seconds(laws: Operators, options: Options, otherwise: float) -> float:
+    """Measured host time of a visit: of the very SPEC, else of its policy, else of any."""
+    known = laws.host_s
+    return known.get(options.text, known.get(options.policy.name, known.get("default", otherwise)))
 
 
 class TimeTables:

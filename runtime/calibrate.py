@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import select
@@ -20,7 +21,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from runtime.devices import Device, names, open_device
 from runtime.engine import Engine, paced
 from runtime.laws import error, fitted, grouped, law, predicted, residuals, trimmed_mean
 from runtime.observe import Spans
+from runtime.steadiness import Control, undisturbed, usual
 from runtime.store import ExpertRows, HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import Options, options
@@ -40,10 +42,11 @@ from traces.cli import Parser
 DEFAULT_LINK_GB_S = 0.05
 BUSY_SHARE = 0.1  # of the cores, used by others, above which nothing is measured, or the profile is labelled
 LOOK_S = 1.0  # how long others are watched beforehand
-FITTED, HELD_OUT = (8, 64, 200), (24, 120)  # tokens of the prompts the laws are fitted to, and of those that test them
+CONTEXT = 200  # tokens of the longest prompt
 PAUSES_MS = (0.3, 1.0, 3.0, 10.0)  # waits between visits
 HELD_OUT_PAUSE_MS = 2.0
 POLICIES = ("on_demand", "speculative")
+TEMPERATURE = 0.8  # of the sampling, whose time is part of the head
 LINK_COPIES = 200  # of each size
 LINK_PIECES = (16, 8, 4, 2, 1)  # an expert in so many chunks
 MAPE = 0.05  # held-out error above which an operator is named
@@ -111,9 +114,16 @@ class PausingEngine(Engine):
         return result
 
 
+class Seen(NamedTuple):
+    """Spans of one pass, and the number of the look at the control before it."""
+
+    spans: Spans
+    look: int
+
+
 @dataclass
 class Measured:
-    """Spans of engine runs: those that laws are fitted to, and those held out.
+    """Passes of engine runs: those that laws are fitted to, and those held out.
 
     Attributes:
         resident, held_out: by bits, every expert in a slot.
@@ -121,13 +131,25 @@ class Measured:
         policies: by SPEC, half of the experts in slots; ``gates`` by lookahead distance.
     """
 
-    resident: dict[int, list[Spans]] = field(default_factory=dict)
-    held_out: dict[int, list[Spans]] = field(default_factory=dict)
-    pauses: dict[int, list[Spans]] = field(default_factory=dict)
-    policies: dict[str, list[Spans]] = field(default_factory=dict)
-    policies_held_out: dict[str, list[Spans]] = field(default_factory=dict)
-    gates: dict[int, list[Spans]] = field(default_factory=dict)
-    gates_held_out: dict[int, list[Spans]] = field(default_factory=dict)
+    resident: dict[int, list[list[Seen]]] = field(default_factory=dict)
+    held_out: dict[int, list[list[Seen]]] = field(default_factory=dict)
+    pauses: dict[int, list[list[Seen]]] = field(default_factory=dict)
+    policies: dict[str, list[list[Seen]]] = field(default_factory=dict)
+    policies_held_out: dict[str, list[list[Seen]]] = field(default_factory=dict)
+    gates: dict[int, list[list[Seen]]] = field(default_factory=dict)
+    gates_held_out: dict[int, list[list[Seen]]] = field(default_factory=dict)
+
+
+class Undisturbed(NamedTuple):
+    """`Measured` without the passes in which something outside slowed the machine down."""
+
+    resident: dict[int, list[Spans]]
+    held_out: dict[int, list[Spans]]
+    pauses: dict[int, list[Spans]]
+    policies: dict[str, list[Spans]]
+    policies_held_out: dict[str, list[Spans]]
+    gates: dict[int, list[Spans]]
+    gates_held_out: dict[int, list[Spans]]
 
 
 class Calibration:
@@ -139,6 +161,7 @@ class Calibration:
         policies: SPECs whose host time is measured.
         gb_s: pace of the link where policies run.
         device: where.
+        context: tokens of the longest prompt.
         stores: expert stores by bits, to be shared; built (and owned) where they are missing.
 
     Raises:
@@ -154,6 +177,7 @@ class Calibration:
         policies: Sequence[str] = POLICIES,
         gb_s: float = DEFAULT_LINK_GB_S,
         device: str = "cpu",
+        context: int = CONTEXT,
         stores: dict[int, HostStore] | None = None,
     ) -> None:
         self.model_dir = model_dir
@@ -161,12 +185,15 @@ class Calibration:
         self.tokens = tokens
         self.device = device
         self.gb_s = gb_s
+        self.lengths = (8, 8 + context // 4, context)  # of the prompts that laws are fitted to
+        self.held_out = (24, context * 3 // 5)  # and of those that test them
         self.policies = {text: options(text) for text in dict.fromkeys((*POLICIES, *policies))}
         link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
         self.rough = HardwareProfile(
             "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=1e-4
         )
         self.rounds = 0
+        self.control = Control()
         self.measured = Measured()
         self._owned: list[HostStore] = []
         self.stores: dict[int, HostStore] = {}
@@ -202,14 +229,17 @@ class Calibration:
             raise
         return engine
 
-    @staticmethod
-    def spans(engine: PausingEngine, length: int, tokens: int) -> Spans:
-        """Spans of one prompt of ``length`` tokens and of ``tokens`` new ones."""
+    def spans(self, engine: PausingEngine, length: int, tokens: int) -> list[Seen]:
+        """What the passes of one prompt of ``length`` tokens and of ``tokens`` new ones took."""
         ids = engine.tokenizer.encode(PROMPT)
+        found = []
         engine.spans = Spans()
-        for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens):
-            pass
-        return engine.spans
+        self.control.look()
+        for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens, temperature=TEMPERATURE):
+            self.control.look()
+            found.append(Seen(engine.spans, len(self.control.looks) - 2))
+            engine.spans = Spans()
+        return found
 
     def round(self) -> None:
         """Measure everything once more."""
@@ -218,9 +248,9 @@ class Calibration:
         fast = 10.0 if self.device == "cpu" else self.gb_s
         for bits in self.widths:
             with self.engine(self.policies["on_demand"], bits, whole, fast) as engine:
-                for length in FITTED:
+                for length in self.lengths:
                     found.resident.setdefault(bits, []).append(self.spans(engine, length, self.tokens))
-                for length in HELD_OUT:
+                for length in self.held_out:
                     found.held_out.setdefault(bits, []).append(self.spans(engine, length, self.tokens // 2 + 2))
                 if bits == self.widths[0] and self.device == "cpu":
                     self._pause(engine)
@@ -242,11 +272,22 @@ class Calibration:
             self.measured.pauses.setdefault(engine.pause_ns, []).append(self.spans(engine, 24, tokens))
         engine.pause_ns = 0
 
+    def undisturbed(self) -> Undisturbed:
+        """The spans of passes that were; of a kind where none was, all."""
+        looks = self.control.looks
+        kept = undisturbed(looks, usual(looks))
+        found: dict[str, dict[Any, list[Spans]]] = {}
+        for kind in dataclasses.fields(self.measured):
+            runs: dict[Any, list[list[Seen]]] = getattr(self.measured, kind.name)
+            seen = {key: list(itertools.chain(*of_key)) for key, of_key in runs.items()}
+            found[kind.name] = {key: _quiet(of_key, kept) for key, of_key in seen.items()}
+        return Undisturbed(**found)
+
     # --- laws -------------------------------------------------------------------------------------------------
 
     def operators(self) -> tuple[Operators, dict[str, float | None]]:
         """All laws of this model, and their errors on what was held out, by operator."""
-        found = self.measured
+        found = self.undisturbed()
         errors: dict[str, float | None] = {}
         expert: dict[str, tuple[float, float]] = {}
         ratios: list[tuple[tuple[int, ...], int]] = []
@@ -285,14 +326,16 @@ class Calibration:
             cooling=cooling,
             residuals=spread,
             reach=reach,
+            control_s=usual(self.control.looks),
         )
         return laws, errors
 
     def _cooling(self) -> tuple[tuple[float, float], float | None]:
         """By what share of a wait a visit takes longer after it, and at most how long; the error on a visit."""
-        if not self.measured.pauses:
+        pauses = self.undisturbed().pauses
+        if not pauses:
             return (0.0, 0.0), None
-        visit = {pause / 1e9: _visit_s(runs, self.spec.top_k) for pause, runs in self.measured.pauses.items()}
+        visit = {pause / 1e9: _visit_s(runs, self.spec.top_k) for pause, runs in pauses.items()}
         extra = {pause: max(0.0, seconds - visit[0.0]) for pause, seconds in visit.items()}
         held = HELD_OUT_PAUSE_MS / 1e3
         short = [p for p in extra if p and p != held and p != max(extra)]
@@ -304,9 +347,21 @@ class Calibration:
         """How far rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
         if self.rounds < 2:
             return None
-        runs, each = self.measured.resident[self.widths[0]], len(FITTED)
-        visits = [_visit_s(runs[i : i + each], self.spec.top_k) for i in range(0, len(runs), each)]
+        looks = self.control.looks
+        kept = undisturbed(looks, usual(looks))
+        runs, each = self.measured.resident[self.widths[0]], len(self.lengths)
+        visits = []
+        for i in range(0, len(runs), each):
+            spans = [s.spans for seen in runs[i : i + each] for s in seen if kept[s.look]]
+            if any(n == 1 for s in spans for n, _ in s.host):
+                visits.append(_visit_s(spans, self.spec.top_k))
         return (max(visits) - min(visits)) / float(np.mean(visits))
+
+    def kept_share(self) -> float:
+        """Share of passes during which nothing outside slowed the machine down."""
+        looks = self.control.looks
+        kept = undisturbed(looks, usual(looks))
+        return sum(kept) / len(kept)
 
     def __enter__(self) -> Self:
         return self
@@ -314,6 +369,12 @@ class Calibration:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for store in self._owned:
             store.close()
+
+
+def _quiet(seen: Sequence[Seen], kept: Sequence[bool]) -> list[Spans]:
+    """The undisturbed passes, if there are decode passes among them; else all."""
+    chosen = [s.spans for s in seen if kept[s.look]]
+    return chosen if any(n == 1 for spans in chosen for n, _ in spans.host) else [s.spans for s in seen]
 
 
 def _experts(runs: Sequence[Spans]) -> list[tuple[tuple[int, ...], int]]:
@@ -488,11 +549,13 @@ class Result:
     Attributes:
         errors: held-out error (MAPE) by operator; None where nothing was held out.
         spread: of a resident visit over the rounds.
+        kept_share: of passes that nothing outside disturbed; the others count nowhere.
     """
 
     profile: HardwareProfile
     errors: dict[str, float | None]
     spread: float | None
+    kept_share: float
 
 
 def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
@@ -534,7 +597,7 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         "vram_gb": "the device is the host's memory",
         "host_gb": "the system's figure",
     }
-    idle = share is not None and share <= BUSY_SHARE
+    idle = share is not None and share <= BUSY_SHARE and work.kept_share() >= 0.5
     profile = HardwareProfile(
         name=name,
         vram_gb=round(host_bytes / 1e9, 1),
@@ -548,7 +611,7 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         operators={work.spec.name: laws},
         sources=sources,
     )
-    return Result(profile, errors, work.spread())
+    return Result(profile, errors, work.spread(), work.kept_share())
 
 
 def calibrate(
@@ -561,6 +624,7 @@ def calibrate(
     policies: Sequence[str] = POLICIES,
     name: str = "cpu",
     device: str = "cpu",
+    context: int = CONTEXT,
 ) -> Result:
     """A MEASURED profile of this machine for this model, its link paced to ``gb_s``.
 
@@ -568,7 +632,7 @@ def calibrate(
         ModelError, StoreError, SpecError: inputs that cannot be used.
     """
     others = OtherWork()
-    with Calibration(model_dir, bits, tokens, policies=policies, gb_s=gb_s, device=device) as work:
+    with Calibration(model_dir, bits, tokens, policies=policies, gb_s=gb_s, device=device, context=context) as work:
         for _ in range(rounds):
             work.round()
         return profile_of(work, others, name)
@@ -604,6 +668,8 @@ def lines(result: Result) -> Iterator[str]:
     yield f"above {MAPE:.0%}: {', '.join(worse)}" if worse else f"none above {MAPE:.0%}"
     if result.spread is not None:
         yield f"rounds differ by {result.spread:.1%}"
+    undisturbed_share = f"{result.kept_share:.0%} of the passes were undisturbed; only these count"
+    yield f"control {laws.control_s * 1e6:.0f} us; {undisturbed_share}"
     yield f"simulates up to {' and '.join(f'{1.5 * v:.0f} tokens of {k}' for k, v in laws.reach.items())}".replace(
         "tokens of tokens", "tokens in a pass"
     ).replace("tokens of context", "of context")
@@ -629,6 +695,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rounds", type=int, default=2, metavar="N", help="everything is measured N times (default %(default)s)"
     )
+    p.add_argument("--context", type=int, default=CONTEXT, metavar="N", help="longest prompt (default %(default)s)")
     p.add_argument("--allow-busy", action="store_true", help="measure although others use the processor, and say so")
     p.add_argument("--name", default="cpu", help="name of the profile (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, a .json file")
@@ -643,7 +710,11 @@ def main() -> int:
         provenance.check_folder("--out", args.out)
         if not 1e-4 <= args.link_gb_s <= 100:
             raise ValueError(f"--link-gb-s is {args.link_gb_s}; it must be 0.0001 to 100")
-        for flag, value, least in (("tokens", args.tokens, 8), ("rounds", args.rounds, 1)):
+        for flag, value, least in (
+            ("tokens", args.tokens, 8),
+            ("rounds", args.rounds, 1),
+            ("context", args.context, 32),
+        ):
             if value < least:
                 raise ValueError(f"--{flag} is {value}; it must be at least {least}")
         check_idle(args.allow_busy)
@@ -656,13 +727,19 @@ def main() -> int:
             policies=args.policy or (),
             name=args.name,
             device=args.device,
+            context=args.context,
         )
         save(result.profile, args.out)
     except (ValueError, OSError, CopierError) as problem:
         print(f"runtime.calibrate: {problem}", file=sys.stderr)
         return 2
     print("\n".join(lines(result)))
-    found = {"out": str(args.out), "held_out_errors": result.errors, "spread": result.spread}
+    found = {
+        "out": str(args.out),
+        "held_out_errors": result.errors,
+        "spread": result.spread,
+        "kept_share": result.kept_share,
+    }
     print(json.dumps(found | dataclasses.asdict(result.profile)))
     return 0
 

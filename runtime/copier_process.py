@@ -26,7 +26,8 @@ READY, ARRIVAL, IDLE, COUNTS = range(4)  # kinds of message from it
 # kind, numbers of retract, join, demand, prefetch, write_back entries, time sent (DRAIN and STATS: none, a token)
 _HEADER = struct.Struct("<6Iq")
 _REQUEST = struct.Struct("<qiiqd")
-_SPIN_NS = 20_000_000  # so long after a message the process looks for the next without sleeping: waking takes 0.1 ms
+_ALERT_NS = 20_000_000  # so long after a message the process looks for the next every _LOOK_S: to send to one that
+_LOOK_S = 5e-5  # waits for it costs the sender 0.05 ms, and one that never sleeps slows the sender's processor down
 REPLY = struct.Struct("<iiqq")  # kind, size of what follows, load (ARRIVAL) or token, nanoseconds
 DEMAND, PREFETCH, WRITE_BACK = range(3)  # classes of bytes
 
@@ -314,7 +315,8 @@ class Server:
             self._send()
             due = [t for t in (self._h2d.next_submission_ns, self._d2h.next_submission_ns) if t is not None]
             timeout = max(0, min(due) - time.monotonic_ns()) / 1e9 if due else None
-            if now < heard + _SPIN_NS:
+            if now < heard + _ALERT_NS:
+                time.sleep(_LOOK_S if timeout is None else min(_LOOK_S, timeout))
                 timeout = 0
             readable, _, _ = select.select([self._socket], [self._socket] if self._out else [], [], timeout)
             if readable:

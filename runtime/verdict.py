@@ -5,18 +5,29 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import traces
 from runtime.engine import paced
 from runtime.lookahead import rung_of
-from sim.experiment import Experiment, Setting
+from sim.experiment import Experiment, Setting, pass_ends_ns
 from sim.machine import HardwareProfile, machine_from
 from sim.spec import Options, options
 from sim.timeline import Timeline
-from traces import Trace
+from traces import DECODE, Trace
+
+QUIET = 0.5  # least share of a cell's passes that must have been undisturbed
+MEDIAN_ERROR, WORST_ERROR, LEAST_TAU, MOST_REGRET = 0.03, 0.05, 0.9, 0.02
+CLAIMS = {
+    "quiet": "any figure of time: something outside slowed the machine down",
+    "load_logs": "that the simulator decides as the engine does",
+    "median_error": f"that simulated TPOT is usually within {MEDIAN_ERROR:.0%}",
+    "worst_error": f"that simulated TPOT is always within {WORST_ERROR:.0%} (or twice what repeats differ by)",
+    "order": "which of two policies is faster",
+    "choice": f"that the recommended setting is within {MOST_REGRET:.0%} of the best",
+}
 
 
 def replayed(
@@ -31,6 +42,45 @@ def replayed(
     """What the simulator says of an engine run, from its recorded routing and guesses: a ``sim.run`` object."""
     chosen = run.replace(predictor=rung_of(run.predictor))
     return Experiment(references=False).run(Setting(trace, machine, trace.model, bits, slots, chosen), log, timeline)
+
+
+def simulated_passes(trace: Trace, machine: HardwareProfile, bits: int, slots: int, run: Options) -> list[int]:
+    """What the simulator says of every decode pass of an engine run, in nanoseconds."""
+    chosen = run.replace(predictor=rung_of(run.predictor))
+    ends = pass_ends_ns(Setting(trace, machine, trace.model, bits, slots, chosen))
+    lengths = [end - start for start, end in itertools.pairwise([0, *ends])]
+    return [ns for ns, forward in zip(lengths, trace.passes(), strict=True) if forward.phase == DECODE]
+
+
+def steady(repeats: Sequence[Sequence[int]], kept: Sequence[Sequence[bool]]) -> tuple[list[int | None], float]:
+    """Mean duration of every pass over the repeats in which nothing disturbed it (None: there are none), and how far
+    repeats differ: the largest less the smallest of their mean ratios to these means. Where everything was disturbed,
+    everything counts.
+    """
+    if not any(map(any, kept)):
+        kept = [[True] * len(times) for times in repeats]
+    means: list[int | None] = []
+    for times, good in zip(zip(*repeats, strict=True), zip(*kept, strict=True), strict=True):
+        chosen = list(itertools.compress(times, good))
+        means.append(round(sum(chosen) / len(chosen)) if chosen else None)
+    ratios = []
+    for times, good in zip(repeats, kept, strict=True):
+        own = [ns / mean for ns, ok, mean in zip(times, good, means, strict=True) if ok and mean]
+        if own:
+            ratios.append(sum(own) / len(own))
+    return means, max(ratios) - min(ratios) if ratios else 0.0
+
+
+def over_passes(
+    measured: dict[str, Any], simulated: dict[str, Any], measured_ns: Sequence[int | None], simulated_ns: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sides with TPOT and tokens/s over the passes measured undisturbed; ``tpot_all_s`` keeps TPOT of all."""
+    pairs = [(m, s) for m, s in zip(measured_ns, simulated_ns, strict=True) if m is not None]
+    sides = []
+    for side, ns in ((measured, [m for m, _ in pairs]), (simulated, [s for _, s in pairs])):
+        tpot_s = sum(ns) / len(ns) / 1e9
+        sides.append(side | {"tpot_s": tpot_s, "tokens_per_s": 1 / tpot_s, "tpot_all_s": side["tpot_s"]})
+    return sides[0], sides[1]
 
 
 def average(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -85,11 +135,15 @@ def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for group in groups.values():
         measured = [c["measured"]["tpot_s"] for c in group]
         simulated = [c["simulated"]["tpot_s"] for c in group]
-        tau = kendall_tau_b(measured, simulated, [c["repeat_spread"] for c in group])
+        spreads = [c["repeat_spread"] for c in group]
+        tau = kendall_tau_b(measured, simulated, spreads)
         if tau is not None:
             taus.append(tau)
         if len(group) > 1:
-            regrets.append(measured[simulated.index(min(simulated))] / min(measured) - 1)
+            chosen, best = simulated.index(min(simulated)), measured.index(min(measured))
+            lost = measured[chosen] / measured[best] - 1
+            regrets.append(lost if lost > max(spreads[chosen], spreads[best]) else 0.0)
+    excess = max(abs(c["tpot_error"]) - max(WORST_ERROR, 2 * c["repeat_spread"]) for c in cells)
     middle = len(errors) // 2
     median = errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
     return {
@@ -97,7 +151,39 @@ def judge(cells: list[dict[str, Any]]) -> dict[str, Any]:
         "max_abs_tpot_error": errors[-1],
         "kendall_tau": sum(taus) / len(taus) if taus else None,
         "regret": max(regrets) if regrets else None,
+        "gates": {
+            "quiet": all(c["undisturbed"]["share"] >= QUIET for c in cells),
+            "load_logs": all(c["load_log_equal"] for c in cells),
+            "median_error": median <= MEDIAN_ERROR,
+            "worst_error": excess <= 0,
+            "order": not taus or sum(taus) / len(taus) >= LEAST_TAU,
+            "choice": not regrets or max(regrets) <= MOST_REGRET,
+        },
+        "scope": scope(groups.values()),
     }
+
+
+def scope(groups: Iterable[Sequence[dict[str, Any]]]) -> dict[str, int]:
+    """How much cells cover: regimes, decisions, and in how many the choice of the policy matters."""
+    cells = [cell for group in groups for cell in group]
+    busy = [(c["simulated"]["link_busy"], c["simulated"]["compute_busy"]) for c in cells]
+    told = 0
+    for group in groups:
+        times = [c["measured"]["tpot_s"] for c in group]
+        told += len(group) * (max(times) / min(times) - 1 > max(0.1, 3 * max(c["repeat_spread"] for c in group)))
+    return {
+        "cells": len(cells),
+        "decisions": sum(c["decisions"] for c in cells),
+        "policies": len({c["policy"] for c in cells}),
+        "link_bound": sum(c["regime"] == "link" for c in cells),
+        "near_balance": sum(link <= 2 * compute and compute <= 2 * link for link, compute in busy),
+        "policy_matters": told,
+    }
+
+
+def locked(gates: dict[str, bool]) -> list[str]:
+    """What must not be claimed after gates that failed."""
+    return [CLAIMS[name] for name, passed in gates.items() if not passed]
 
 
 def recheck(path: Path) -> dict[str, Any]:
@@ -119,9 +205,12 @@ def recheck(path: Path) -> dict[str, Any]:
             run = options(cell["policy"], **cell["options"])
             machine = paced(profile, cell["link_gb_s"])
             now = json.loads(json.dumps(replayed(trace, machine, cell["bits"], cell["slots"], run)))
+            passes = simulated_passes(trace, machine, cell["bits"], cell["slots"], run)
+            measured = cell["measured"] | {"tpot_s": cell["measured"]["tpot_all_s"]}
+            measured, now = over_passes(measured, now, cell["pass_ns"], passes)
             cell_now = {
                 "simulated": now,
-                "tpot_error": now["tpot_s"] / cell["measured"]["tpot_s"] - 1,
+                "tpot_error": now["tpot_s"] / measured["tpot_s"] - 1,
                 "load_log_equal": now["load_log_sha256"] == cell["measured"]["load_log_sha256"],
             }
             found = changed({key: cell[key] for key in cell_now}, cell_now)

@@ -49,6 +49,7 @@ class Operators:
         cooling: computing after a wait takes this share of the wait longer, and at most so many seconds: caches hold
             less of the model then.
         reach: most ``tokens`` in a pass and most ``context`` that were measured; absent: not known.
+        control_s: a fixed piece of work (`runtime.steadiness`) took so long meanwhile; 0: not known.
         residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
             evenly spaced from the smallest to the largest; what `sim.noise` jitters timings by. Absent: a stated width.
     """
@@ -61,6 +62,7 @@ class Operators:
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
     cooling: tuple[float, float] = (0.0, 0.0)
     reach: dict[str, float] = field(default_factory=dict)
+    control_s: float = 0.0
     residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -191,6 +193,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
         cooling=(share, most),
+        control_s=_positive(f"{where}.control_s", law.get("control_s", 0.0)),
         reach=_reach(f"{where}.reach", law.get("reach", {})),
         residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},
     )

@@ -25,7 +25,7 @@ from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_t
 from sim.presets import PRESETS
 from sim.spec import Options, SpecError, comparable, parse
 from sim.timeline import Timeline
-from sim.timing import Timing
+from sim.timing import Timing, check_reach
 from traces import ModelSpec, TraceError
 from traces.cli import Parser
 from traces.format import shipped
@@ -156,6 +156,7 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     slots = args.slots if args.slots is not None else model.num_experts // 2
     context = getattr(args, "context", None)
     setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, context)
+    check_reach(machine, model, trace)
     return setting, runs
 
 

@@ -22,7 +22,7 @@ from sim.presets import PRESETS
 from sim.results import trace_sha256
 from sim.run import DEFAULT_MODEL
 from sim.spec import RUN_KEYS, Options, SpecError, convert, options, parse
-from sim.timing import Timing
+from sim.timing import Timing, check_reach
 from traces import ModelSpec, Trace
 from traces.format import shipped
 
@@ -286,7 +286,9 @@ def shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tu
     found, shape = machines.override(machines.load_machine(machine), shape, list(changes))
     content = found.to_json()
     del content["sources"]
-    return json.dumps(content, sort_keys=True), json.dumps(fit(shape, routed).to_json(), sort_keys=True)
+    shape = fit(shape, routed)
+    check_reach(found, shape, routed)
+    return json.dumps(content, sort_keys=True), json.dumps(shape.to_json(), sort_keys=True)
 
 
 def _check(setting: Setting, vram_bytes: int | None) -> None:

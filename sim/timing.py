@@ -13,8 +13,9 @@ from sim.link import ChunkTimes
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import Options, SpecError
 from sim.state import Times
-from traces import ModelSpec
+from traces import ModelSpec, Trace
 
+FARTHEST = 1.5  # times what a profile was measured at, up to which its laws are believed
 HOST_PEAK = 0.85  # share of its memory's bandwidth a host reaches with link and processor together (estimated)
 
 
@@ -208,6 +209,30 @@ class Timing:
             chunk_bytes=chunks.size,
         )
         return TimeTables(self, times)
+
+
+def check_reach(machine: HardwareProfile, model: ModelSpec, trace: Trace) -> None:
+    """Refuse a trace that goes far beyond what the machine was measured at.
+
+    Raises:
+        SpecError: more tokens in a pass, or more context, than `FARTHEST` times the most that was measured.
+    """
+    laws = machine.operators.get(model.name)
+    if laws is None or not laws.reach:
+        return
+    passes = list(trace.passes())
+    asked = {
+        "tokens": max((p.tokens for p in passes), default=0),
+        "context": max((p.tokens + p.context for p in passes), default=0),
+    }
+    for name, most in laws.reach.items():
+        if asked[name] > FARTHEST * most:
+            what = "tokens in a pass" if name == "tokens" else "tokens of context"
+            raise SpecError(
+                f"profile {machine.name!r} was measured with up to {most:g} {what}, the trace has {asked[name]}, more "
+                f"than {FARTHEST:g} times as many; calibrate with --context {asked[name]}, or extrapolate with "
+                f"--set machine.operators.{model.name}.reach.{name}={asked[name]}"
+            )
 
 
 def host_seconds(laws: Operators, options: Options, otherwise: float) -> float:

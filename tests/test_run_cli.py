@@ -278,3 +278,16 @@ def test_wrong_flag_values_are_one_sentence(capsys: pytest.CaptureFixture[str]) 
         parser().parse_args(["--slots", "abc"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "python -m sim.run: argument --slots: invalid int value: 'abc'; see --help\n"
+
+
+def test_a_profile_is_not_believed_far_beyond_what_it_measured(files: Path) -> None:
+    """The fixture's sequences have more than 15 tokens of context; told so, the command goes on."""
+    machine = json.loads((files / "round.json").read_text())
+    laws = machine["machine"]["operators"]["tiny"]
+    laws["reach"] = {"tokens": 1000, "context": 10}
+    near = files / "near.json"
+    near.write_text(json.dumps(machine))
+    done = run(files, "--machine", str(near), "--no-baselines", code=2)
+    assert "up to 10 tokens of context" in done.stderr and "--set machine.operators.tiny.reach.context=" in done.stderr
+    told = run(files, "--machine", str(near), "--no-baselines", "--set", "machine.operators.tiny.reach.context=1000")
+    assert document(told)["tpot_s"] > 0

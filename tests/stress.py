@@ -6,7 +6,7 @@ No model: routing is random, an expert's buffer holds a pattern that is its own,
 bytes with it before and after a random pause. Meanwhile the copier's process is stopped and continued at random.
 Every policy that runs on the engine takes part, with every fate of stale prefetches, zero to two landing slots, one to
 three chunks submitted, whole and cut copies, one token and several. A load that does not come ends the run with a list
-of who waits for what (`runtime.executor.PATIENCE_S`).
+of who waits for what (`runtime.plan_runner.PATIENCE_S`).
 """
 
 from __future__ import annotations

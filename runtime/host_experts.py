@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +19,10 @@ from runtime.family import Gated
 from runtime.quantize import ExpertLayout, ExpertViews, Workspace, forward, views
 from sim.spec import Options
 
+if TYPE_CHECKING:
+    from runtime.host_kernels import StoredExpert
+
+REMEMBERED = 1024  # experts whose views are kept
 FUSED_TOKENS = 4  # most tokens that are multiplied one by one; more are cheaper with the weights dequantized once
 
 
@@ -73,6 +78,7 @@ class HostExperts:
         self._ends = ExitStack()
         self._shares = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
+        self._row = lru_cache(REMEMBERED)(self._look_up)
         self.fused = not exact and importlib.util.find_spec("numba") is not None
         if self.fused:
             if self._shares > 1:
@@ -84,18 +90,25 @@ class HostExperts:
     def compute(self, layer: int, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, H] -> [n, H], in a dtype of its own."""
         layout = self._layouts[layer]
-        buffer = self._store.row(layer * self._num_experts + expert)[: layout.expert_bytes]
-        pieces = views(buffer, layout)
+        pieces, stored = self._row(layer, expert)
         if layout.bits == 16 and not self._exact:
             return plain(pieces, x.to(torch.bfloat16), self._gated)
-        if self.fused and len(x) <= FUSED_TOKENS:
-            from runtime.host_kernels import StoredExpert  # imports numba
-
-            stored = StoredExpert(pieces, self._pool, self._shares)
+        if stored is not None and len(x) <= FUSED_TOKENS:
             return torch.stack([stored.product(token, self._gated) for token in x.float()])
         if layout not in self._scratch:
             self._scratch[layout] = self._workspace(layout)
         return forward(pieces, x, self._gated, self._scratch[layout])
+
+    def _look_up(self, layer: int, expert: int) -> tuple[ExpertViews, StoredExpert | None]:
+        """Views of an expert's row, and what multiplies it as it stands."""
+        layout = self._layouts[layer]
+        buffer = self._store.row(layer * self._num_experts + expert)[: layout.expert_bytes]
+        pieces = views(buffer, layout)
+        if not self.fused or layout.bits == 16:
+            return pieces, None
+        from runtime.host_kernels import StoredExpert  # imports numba
+
+        return pieces, StoredExpert(pieces, self._pool, self._shares)
 
     def _workspace(self, layout: ExpertLayout) -> Workspace:
         """Scratch for the layouts of all layers is made when the first needs it; its weights are shared."""
@@ -107,6 +120,7 @@ class HostExperts:
         """End the threads that share rows."""
         self._ends.close()
         self._scratch.clear()
+        self._row.cache_clear()
 
 
 def plain(pieces: ExpertViews, x: torch.Tensor, gated: Gated) -> torch.Tensor:

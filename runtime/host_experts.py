@@ -202,10 +202,10 @@ class HostThread:
 
     def drop(self) -> None:
         """Forget what was begun: jobs that have not started never do; returns when the one that runs is done."""
-        while self._jobs:
-            job = self._jobs.popleft()
-            if not job.computed.cancel():
-                job.computed.exception()
+        begun = [job for job in self._jobs if not job.computed.cancel()]
+        self._jobs.clear()
+        for job in begun:
+            job.computed.exception()
 
     def close(self) -> None:
         """End the thread, which reads the store; a second call does nothing."""

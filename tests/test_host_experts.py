@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -53,10 +53,8 @@ def store(model_dir: Path) -> Iterator[HostStore]:
         yield built
 
 
-def engine(
-    model_dir: Path, store: HostStore, policy: str, slots: int = 2, machine: HardwareProfile = MACHINE
-) -> Engine:
-    return Engine(model_dir, bits=4, slots=slots, options=options(policy), machine=machine, store=store)
+def engine(model_dir: Path, store: HostStore, policy: str, machine: HardwareProfile = MACHINE) -> Engine:
+    return Engine(model_dir, bits=4, slots=2, options=options(policy), machine=machine, store=store)
 
 
 def packed(hidden: int, inner: int, bits: int, group: int, biases: bool) -> tuple[ExpertLayout, torch.Tensor]:
@@ -239,6 +237,22 @@ def test_batches_on_the_host(model_dir) -> None:
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("policy", ["on_demand:miss=cpu", "speculative:miss=split"])
+def test_on_cuda_the_host_computes_the_same_within_rounding(model_dir, policy) -> None:
+    """Logits of a prefill and of a decode step beside those with every expert resident."""
+    ids, logits = torch.tensor([PROMPT]).cuda() % 250, []
+    for run, slots in (("on_demand", 6), (policy, 2)):
+        model = offload(model_dir, policy=run, slots=slots, device="cuda", optimize=False, progress=False)
+        with torch.inference_mode():
+            first = model(ids, use_cache=True)
+            then = model(ids[:, :1], past_key_values=first.past_key_values, use_cache=True)
+        logits.append(torch.cat([first.logits, then.logits], 1).float())
+        model.offload_close()
+    assert float((logits[0] - logits[1]).norm()) <= 0.03 * float(logits[0].norm())
+
+
 def test_a_profile_without_the_host_is_refused_in_a_sentence(model_dir, store) -> None:
     bare = replace(MACHINE, host_memory_gb_s=0.0)
     with pytest.raises(SpecError, match=r"miss=cpu computes experts on the host, but .* calibrate this machine"):
@@ -266,9 +280,9 @@ def test_the_figures_are_measured(store) -> None:
     """Every width and number of tokens, and the link beside it; no claim about how fast."""
     figures = host_figures({4: store}, open_device("cpu"), link=LinkProfile(0.05, 0, 0.05, 0, 0.05), seconds=0.05)
     assert list(figures.seconds) == [4] and list(figures.seconds[4]) == [1, 2, 4, 16]
-    assert all(0 < s < 1 for s in figures.seconds[4].values())
+    assert all(s > 0 for s in figures.seconds[4].values())
     assert figures.slowdown >= 1 and figures.handover_s > 0
-    assert 0.01 < figures.link_gb_s < 0.06 and 0.005 < figures.link_beside_gb_s < 0.06
+    assert figures.link_gb_s > 0 and figures.link_beside_gb_s > 0
     profile = figures.into(MACHINE, store.spec)
     assert Timing(profile, store.spec, 4, options("on_demand:miss=split")).has_host
     assert all(profile.sources[key] for key in ("host_memory_gb_s", "host_tflops", "link.h2d_host_gb_s"))
@@ -297,14 +311,14 @@ def test_the_command_says_what_was_computed_where(model_dir, capsys, monkeypatch
     assert texts[0] == texts[1]
 
 
-def test_an_engine_that_is_never_closed_does_not_keep_the_program_alive(model_dir) -> None:
-    code = (
-        "from runtime import offload; import torch;"
-        f"m = offload({str(model_dir)!r}, policy='on_demand:miss=cpu', slots=2, optimize=False, progress=False);"
-        "m.generate(torch.tensor([[5, 6]]), max_new_tokens=4, pad_token_id=0); print(m.offload_stats()['misses'] > 0)"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    assert ended.stdout.strip() == "True"
+def test_a_forgotten_model_leaves_no_thread(model_dir) -> None:
+    """As with the copier's process: nobody has to close."""
+    model = offload(model_dir, policy="on_demand:miss=cpu", slots=2, optimize=False, progress=False)
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert any(thread.name.startswith("host") for thread in threading.enumerate())
+    del model
+    gc.collect()
+    assert not any(thread.name.startswith("host") for thread in threading.enumerate())
 
 
 def test_a_model_shape_gives_the_law_of_its_own_experts(store) -> None:

@@ -1,8 +1,9 @@
 """The executor: one visit at a time, what the planner of `sim` decides is done on a model's experts.
 
 Each MoE block's experts are replaced by `OffloadedExperts`: once per visit the routing (and the guesses) come to the
-host, one plan is made, its loads go to the copier, and every expert is computed from its slot as soon as its bytes are
-there. Outputs are summed in rank order, so they do not depend on what was resident.
+host, one plan is made and done (`runtime.plan_runner`): loads go to the copier, every expert is computed from its slot
+as soon as its bytes are there, or on the host. Outputs are summed in rank order, so they do not depend on what was
+resident.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
@@ -20,27 +20,27 @@ from typing import Self
 import torch
 
 from runtime import models
-from runtime.copier import Arrival, CopierError, Request
+from runtime.copier import CopierError
 from runtime.devices import Device, Slots
 from runtime.experts import OffloadedExperts, SlotExperts
+from runtime.host_experts import HostCompute, HostExperts, HostThread, computes_on_host
 from runtime.lookahead import LADDER, Gates, gates_for, merged_guesses
-from runtime.observe import EngineTimeline, Spans
+from runtime.plan_runner import PlanRunner
 from runtime.recorder import Recorder
 from runtime.store import HostStore
 from sim.fast_planner import FastPlanner
 from sim.ledger import Ledger
 from sim.machine import HardwareProfile
-from sim.planner import PREFETCH, STREAM, Load, Plan, Planner
+from sim.planner import Plan, Planner
 from sim.spec import Options, SpecError, parse
 from sim.timing import Timing
 from traces import DECODE, PREFILL, ModelSpec, Visit
 from traces.vocabulary import router_order
 
 PREDICTORS = ("recorded", *LADDER)  # recorded: the model's own routers, "router"
-PATIENCE_S = 60.0  # a load that takes longer than this ends the run with a list of who waits for what
 
 
-class Executor:
+class Executor(PlanRunner):
     """Plans, copies and computes the MoE layers of a model, and keeps account of it.
 
     The model's experts are replaced when this is made. Passes are announced with ``begin_pass`` and ended with
@@ -61,6 +61,7 @@ class Executor:
         record_all: record the guesses of every visit, not only of those at which the planner looks.
         compiled: decide with compiled functions where the policy prefetches and numba is there (`planner_class`).
         experts: makes from the slots what computes them, in place of the model's own.
+        host_experts: computes misses on the host, in place of the model's own experts (``miss=cpu``, ``miss=split``).
         paced: hold the copier to the machine's link; False: as fast as the device's own link goes.
 
     Raises:
@@ -85,12 +86,11 @@ class Executor:
         record_all: bool = True,
         compiled: bool = False,
         experts: Callable[[Slots], SlotExperts] | None = None,
+        host_experts: HostCompute | None = None,
         paced: bool = True,
     ) -> None:
         check_options(options)
-        self.spec = spec
-        self.device = device
-        self.options = options
+        super().__init__(spec, device, options)
         self.slots = slots
         self.bits = bits
         self.timing = Timing(machine, spec, bits, options)
@@ -99,9 +99,6 @@ class Executor:
         if self._kind is FastPlanner:  # compiling takes seconds: now, not while the first token is waited for
             first = Visit(0, 0, DECODE, 1, 0, list(range(spec.top_k)), [1] * spec.top_k)
             self._kind(spec, options, slots, self.timing).plan(first)
-        self.ledger = Ledger()
-        self.spans: Spans | None = None
-        self.timeline: EngineTimeline | None = None
         self.store = store
         blocks = models.moe_blocks(model)
         self.gates = gates
@@ -112,13 +109,23 @@ class Executor:
         self._ends = ExitStack()
         try:
             self.pool = self._ends.enter_context(closing(device.slots(self.planner.num_slots, store.expert_bytes)))
+            dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             if experts is None:
-                dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
                 self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype)
             else:
                 self.experts = experts(self.pool)
             self._ends.callback(self.experts.close)
             self._ends.enter_context(device.hold(store))
+            if computes_on_host(options):
+                same_code = device.torch_device.type == "cpu"
+                self.host = self._ends.enter_context(
+                    closing(
+                        HostThread(
+                            host_experts
+                            or HostExperts(store, spec.num_experts, store.layouts, blocks[0].gated, dtype, same_code)
+                        )
+                    )
+                )
             link = machine.link
             back_bytes_per_s = link.d2h_gb_s * 1e9 if paced else math.inf
             copier = device.copier(
@@ -138,11 +145,9 @@ class Executor:
             found.block.experts = OffloadedExperts(self.visit, layer)
             if record_logits:
                 found.router.register_forward_hook(self._keep_logits)
-        self._there: dict[int, int] = {}
         self._index = 0
-        self._phase, self._tokens, self._context = PREFILL, 0, 0
+        self._tokens, self._context = 0, 0
         self._starts_sequence = False
-        self._mark = 0
         self._pass_start = 0
         self._busy_before = 0
         self._open = False
@@ -199,6 +204,8 @@ class Executor:
 
     def _abandon(self) -> None:
         """Forget a pass that did not end: what it had on the link is let in, then every slot counts as empty."""
+        if self.host:
+            self.host.drop()
         self.copier.drain()
         self.copier.arrived()
         self._there.clear()
@@ -248,6 +255,8 @@ class Executor:
         if self.timeline:
             self.timeline.planned(plan, time.monotonic_ns(), self.planner.resident_slots, self.store.expert_bytes)
         waiting = self._issue(plan, known)
+        if self.host and plan.host and self.options.copy_stream:
+            self.host.begin(layer, plan.host, hidden, id_rows)
         planned = time.monotonic_ns()
         started = self._mark
         out = self._compute(plan, waiting, hidden, ids, id_rows, planned)
@@ -271,188 +280,8 @@ class Executor:
             self.timeline.compute(f"attention {visit.layer}", started, known)
             self.timeline.compute(f"plan {visit.layer}", known, planned)
 
-    def _request(self, load: Load, after: object = None) -> Request:
-        """``after``: what must be done on the device before the slot may be written."""
-        row = load.layer * self.spec.num_experts + load.expert
-        return Request(load.number, row, load.slot, load.target, load.worth, after)
-
-    def _issue(self, plan: Plan, known: int) -> dict[int, int]:
-        """Send the plan's effects to the copier; returns what must be waited for: expert -> load number."""
-        phase = self.ledger.phases[self._phase]
-        if not self.options.copy_stream:
-            phase.hits += len(plan.claimed)
-            return {}
-        self._collect()
-        waiting: dict[int, int] = {}
-        for load in plan.claimed:
-            if self._there.get(load.number, known + 1) <= known:
-                del self._there[load.number]
-                phase.hits += 1
-            else:
-                phase.late += 1
-                waiting[load.expert] = load.number
-        for load in plan.retract:
-            self._there.pop(load.number, None)
-        at_once = plan.demand + plan.stream[: self.options.stream_slots]
-        self.copier.apply(
-            [load.number for load in plan.retract],
-            list(waiting.values()),
-            [self._request(load) for load in at_once],
-            [self._request(load) for load in plan.prefetch],
-            plan.written_back() if self.options.write_back else [],
-        )
-        if self.timeline:
-            self.timeline.issued((*at_once, *plan.prefetch), time.monotonic_ns())
-        for load in at_once:
-            waiting[load.expert] = load.number
-        return waiting
-
-    def _copy_serially(self, loads: list[Load], write_back: list[int], start: int) -> int:
-        """Both directions in turn, with nothing else going on since ``start``; returns when it ended."""
-        if not loads and not write_back:
-            return start
-        self.device.synchronize()  # a serial copy begins when everything before it is computed
-        if write_back:
-            self.copier.apply(write_back=write_back)
-            self.copier.drain()
-            if self.timeline:
-                self.timeline.written_back(start, time.monotonic_ns())
-        if loads:
-            self.copier.apply(demand=[self._request(load) for load in loads])
-            if self.timeline:
-                self.timeline.issued(loads, time.monotonic_ns())
-            self.copier.drain()
-            for arrival in self.copier.arrived():
-                if self.timeline:
-                    self.timeline.arrived(arrival.load, arrival.end_ns)
-        end = time.monotonic_ns()
-        self.ledger.phases[self._phase].stall_miss_ns += end - start
-        if self.timeline and end > start:
-            self.timeline.compute(f"stall {loads[0].layer}" if loads else "stall", start, end)
-        return end
-
-    def _arrived(self, arrival: Arrival) -> None:
-        self._there[arrival.load] = arrival.end_ns
-        if self.timeline:
-            self.timeline.arrived(arrival.load, arrival.end_ns)
-
-    def _collect(self) -> None:
-        for arrival in self.copier.arrived():
-            self._arrived(arrival)
-
-    def _compute(
-        self,
-        plan: Plan,
-        waiting: dict[int, int],
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        id_rows: list[list[int]],
-        at: int,
-    ) -> torch.Tensor:
-        """Outputs of every routed expert, [T, K, H]: residents first, then in order of arrival.
-
-        From ``at`` (the end of the plan) to ``self._mark`` (the end of the last expert) every nanosecond is counted
-        as compute or as a stall.
-        """
-        visit = plan.visit
-        slot_of = dict(zip(visit.experts, plan.slots, strict=True))
-        out = torch.empty(*ids.shape, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
-        phase = self.ledger.phases[self._phase]
-
-        def compute(expert: int, start: int) -> int:
-            tokens = self.experts.compute(visit.layer, expert, slot_of[expert], hidden, ids, id_rows, out)
-            end = time.monotonic_ns()
-            phase.compute_ns += end - start
-            if self.spans is not None:
-                self.spans.expert.append((tokens, end - start))
-            if self.timeline:
-                self.timeline.expert(visit.layer, expert, start, end)
-            return end
-
-        if not self.options.copy_stream:
-            write_back = plan.written_back() if self.options.write_back else []
-            at = self._copy_serially([*plan.demand, *plan.prefetch], write_back, at)
-        at_once = self.options.stream_slots if self.options.copy_stream else 0
-        queued = deque(plan.stream[at_once:])
-        loads = {load.expert: load for load in (*plan.claimed, *plan.demand, *plan.stream)}
-        later = waiting.keys() | {load.expert for load in queued}
-        for expert in visit.experts:
-            if expert not in later:
-                at = compute(expert, at)
-        if not self.options.copy_stream:
-            for load in queued:
-                at = self._copy_serially([load], [], at)
-                at = compute(load.expert, at)
-        while waiting:
-            expert = self._next_arrived(waiting)
-            if expert is None:
-                at = start = self._computed(visit, at)
-                while expert is None:
-                    self._arrived(self._wait(visit, waiting, queued))
-                    expert = self._next_arrived(waiting)
-                at = time.monotonic_ns()
-                if loads[expert].kind == PREFETCH:
-                    phase.stall_late_ns += at - start
-                else:
-                    phase.stall_miss_ns += at - start
-                if self.timeline:
-                    self.timeline.compute(f"stall {visit.layer}", start, at)
-            self._take(waiting.pop(expert))
-            at = compute(expert, at)
-            if loads[expert].kind == STREAM and queued:
-                load = queued.popleft()
-                self.copier.apply(demand=[self._request(load, self.device.mark())])
-                waiting[load.expert] = load.number
-                if self.timeline:
-                    self.timeline.issued([load], at)
-            if waiting:
-                self._collect()
-        self._mark = at
-        return out
-
-    def _settle_compute(self) -> None:
-        """Return when what was given to the device is computed; copies may go on."""
-        done = self.device.mark()
-        if done is not None:
-            done.synchronize()
-
-    def _computed(self, visit: Visit, at: int) -> int:
-        """Before a stall begins: on a device that computes by itself, what it still does is no stall."""
-        if self.device.torch_device.type == "cpu":
-            return at
-        self._settle_compute()
-        end = time.monotonic_ns()
-        self.ledger.phases[self._phase].compute_ns += end - at
-        return end
-
-    def _next_arrived(self, waiting: dict[int, int]) -> int | None:
-        """Of the experts waited for, the one whose bytes came first; None when none are there yet."""
-        there = [(self._there[number], number, expert) for expert, number in waiting.items() if number in self._there]
-        return min(there)[2] if there else None
-
-    def _take(self, number: int) -> None:
-        """A load's bytes are about to be used."""
-        del self._there[number]
-
     def _keep_logits(self, module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
         self._logits = output[0]
-
-    def _wait(self, visit: Visit, waiting: dict[int, int], queued: Sequence[Load]) -> Arrival:
-        """The next arrival.
-
-        Raises:
-            CopierError: none in ``PATIENCE_S``, or the copier has ended; with who waits for what.
-        """
-        try:
-            return self.copier.wait(PATIENCE_S)
-        except CopierError as error:
-            wanted = ", ".join(f"expert {e} (load {n})" for e, n in waiting.items())
-            behind = ", ".join(f"expert {load.expert}" for load in queued) or "nothing"
-            there = ", ".join(map(str, self._there)) or "none"
-            raise CopierError(
-                f"visit {visit.index}, layer {visit.layer}, waits for {wanted}; queued behind stream slots: {behind}; "
-                f"loads arrived and not yet used: {there}\n{error}"
-            ) from None
 
     # --- end --------------------------------------------------------------------------------------------------
 
@@ -497,7 +326,5 @@ def check_options(options: Options) -> None:
     cache = options.cache
     if hasattr(cache.module, "fit") or hasattr(cache.module, "sizes"):
         raise SpecError(f"cache {cache.name!r} is fitted to a trace beforehand, which the engine has not; simulate it")
-    if hasattr(options.miss_rule.module, "loads"):
-        raise SpecError(f"miss={options.miss} computes experts on the host, which the engine does not; simulate it")
     if options.prefetches and parse(options.predictor).name not in PREDICTORS:
         raise SpecError(f"predictor {options.predictor!r} does not run on the engine; name one of {', '.join(LADDER)}")

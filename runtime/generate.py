@@ -172,6 +172,12 @@ def figures(handle: Offloaded, times: list[float], start: float, args: argparse.
     if counts.accesses:
         share = [100 * getattr(counts, key) / counts.accesses for key in ("hits", "late", "misses")]
         parts.append("hit/late/miss {:.1f}/{:.1f}/{:.1f} %".format(*share))
+        if counts.host_computed:
+            each_ms = counts.host_busy_ns / counts.host_computed / 1e6
+            parts.append(
+                f"{counts.host_computed} of {counts.accesses} experts computed on the host ({each_ms:.3f} ms each), "
+                f"{counts.demand_loads} missing ones loaded"
+            )
         parts.append(f"stall {stats['stall_s'] * 1e3:.2f} ms")
         parts.append(f"{stats['h2d_bytes'] / counts.passes / 1e6:.2f} MB/token over the link")
         parts.append(f"regime {stats['regime']}")

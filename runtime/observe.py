@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from sim.planner import PREFETCH, Load, Plan
-from sim.timeline import COMPUTE, D2H, Residents, Timeline
+from sim.timeline import COMPUTE, D2H, HOST, Residents, Timeline
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Spans:
     host: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
     expert: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
     head: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
+    host_expert: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns; in the host's own thread
 
 
 class EngineTimeline:
@@ -63,6 +64,10 @@ class EngineTimeline:
     def expert(self, layer: int, expert: int, start_ns: int, end_ns: int) -> None:
         """A routed expert is computed."""
         self.timeline.expert(layer, expert, start_ns - self._origin, end_ns - self._origin)
+
+    def hosted(self, layer: int, expert: int, start_ns: int, end_ns: int) -> None:
+        """A routed expert was computed on the host."""
+        self.timeline.slice(HOST, f"expert {layer}.{expert}", start_ns - self._origin, end_ns - self._origin)
 
     def planned(self, plan: Plan, at_ns: int, residents: Residents, expert_bytes: int) -> None:
         """See `Timeline.planned`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from runtime.copier import CopierError
 from runtime.devices import open_device
 from runtime.engine import paced
 from runtime.executor import Executor, check_options, gates_of
+from runtime.host_calibration import host_figures
+from runtime.host_experts import computes_on_host
 from runtime.lookahead import GATES_FILE
 from runtime.store import HostStore, layouts_of, widths_of
 from sim.bounds import fewest_loads, link_floor_ns
@@ -122,6 +125,8 @@ class Offloaded:
     def bounds(self) -> dict[str, float] | None:
         """Seconds per decode token that no schedule beats: compute as measured without stalls, and the fewest loads of
         this routing with these slots over the link's speed; None before the first decode token, or unrecorded.
+
+        Where the host computes misses, it takes off the link what it can at the rate at which it was seen to compute.
         """
         executor = self.executor
         decode = executor.ledger.phases[DECODE]
@@ -132,6 +137,8 @@ class Offloaded:
         landing = run.landing_slots if run.prefetches else 0
         loads = fewest_loads(trace, group_sizes(executor.spec, run, executor.slots), landing)
         link_ns = link_floor_ns(loads, executor.timing.machine, executor.store.expert_bytes)
+        if decode.host_computed and link_ns:
+            link_ns = loads / (loads / link_ns + decode.host_computed / decode.host_busy_ns)
         resident_s, link_s = decode.compute_ns / decode.passes / 1e9, link_ns / decode.passes / 1e9
         return {
             "all_resident_s": resident_s,
@@ -192,7 +199,9 @@ def offload(
         dtype: of the dense part and of computing: ``float32`` (None with device=cpu) or ``bfloat16`` (None elsewhere);
             a loaded model keeps its own.
         dense_bits: 16, or 4 for linear layers outside router, head and embeddings.
-        machine: profile whose times advance the planner's clock; by default one of this kind of device.
+        machine: profile whose times advance the planner's clock; by default one of this kind of device. What it does
+            not know of experts on the host is measured here, for a policy that computes some there; of the default
+            nothing about the host is believed.
         link_gb_s: pace of the link, GB/s; None is the GPU's own, and 10 GB/s with device=cpu.
         gates: file of trained lookahead gates (`runtime.align`), for ``predictor=aligned``; by default the model's own.
         record, record_logits: keep the routing and guesses, for ``offloaded.bounds`` and to save a trace.
@@ -238,12 +247,25 @@ def offload(
         loaded, spec, layouts, run, slots=slots, limit_bytes=limit, context=context, batch=batch, gates=predict
     )
     check_slots(spec, stated.slots)
-    Timing(profile, spec, max(widths), run)  # a profile that cannot time this model is refused here
+    timing = Timing(profile, spec, max(widths), run.replace(miss="load"))  # one that cannot time this model is refused
+    measures_host = computes_on_host(run) and (machine is None or not timing.has_host)
     if isinstance(model, torch.nn.Module):
         owned = HostStore.from_model(model, spec, bits, **packing)
     else:
         owned = HostStore.build(directory, spec, bits, **packing)
     try:
+        if measures_host:
+            figures = host_figures(
+                {max(widths): owned},
+                place,
+                gated=models.moe_blocks(loaded)[0].gated,
+                dtype=next(p.dtype for p in loaded.parameters() if p.is_floating_point()),
+                tokens=(1, 4),
+                seconds=0.1,
+            )
+            profile = figures.into(profile, spec)
+            if progress:
+                print(f"on this host {figures.text()}", file=sys.stderr)
         executor = Executor(
             loaded,
             spec,

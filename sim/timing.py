@@ -81,7 +81,8 @@ class Timing:
             if hasattr(options.miss_rule.module, "loads"):
                 raise SpecError(
                     f"miss={options.miss} computes experts on the host, but profile {machine.name!r} says nothing "
-                    "about it; give it host_memory_gb_s (--set machine.host_memory_gb_s=80) or leave miss out"
+                    "about it; calibrate this machine (python -m runtime.calibrate), give it host_memory_gb_s "
+                    "(--set machine.host_memory_gb_s=80) or leave miss out"
                 )
             self._host_s: Callable[[int, float], float] = lambda n, share: 0.0
         elif laws is not None and str(bits) in laws.host_expert:

@@ -5,8 +5,8 @@
 No model: routing is random, an expert's buffer holds a pattern that is its own, and "computing" compares the slot's
 bytes with it before and after a random pause. Meanwhile the copier's process is stopped and continued at random.
 Every policy that runs on the engine takes part, with every fate of stale prefetches, zero to two landing slots, one to
-three chunks submitted, whole and cut copies, one token and several. A load that does not come ends the run with a list
-of who waits for what (`runtime.executor.PATIENCE_S`).
+three chunks submitted, whole and cut copies, one token and several, misses loaded and computed on the host. A load that
+does not come ends the run with a list of who waits for what (`runtime.plan_runner.PATIENCE_S`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from traces import DECODE, PREFILL, ModelSpec
 
 SPEC = ModelSpec("stress", 4, 8, 2, 64, 64)
 MACHINE = HardwareProfile(
-    "stress", 1, 1, LinkProfile(0.5, 0.0, 0.5, 0.0, 0.5), memory_gb_s=8, tflops=0.05, layer_fixed_s=1e-4, host_s=1e-5
-)
+    "stress", 1, 1, LinkProfile(0.5, 0.0, 0.5, 0.0, 0.5), memory_gb_s=8, tflops=0.05, layer_fixed_s=1e-4, host_s=1e-5,
+    host_memory_gb_s=1.0,
+)  # fmt: skip
 
 
 class Store(ExpertRows):
@@ -103,7 +104,27 @@ class Checking:
             if self._draw.random() < 0.2:
                 time.sleep(self._draw.random() * self._pause_s)
         self.computed += 1
+        id_rows, out = tokens[-2:]
+        for row, ids in enumerate(id_rows):
+            if expert in ids:
+                out[row, ids.index(expert)] = expert + 1
         return 1
+
+
+class Hosting:
+    """Stands for the experts on the host: says of every token which expert computed it, after a random pause."""
+
+    def __init__(self, draw: random.Random, pause_s: float) -> None:
+        self._draw = draw
+        self._pause_s = pause_s
+
+    def compute(self, layer: int, expert: int, x: torch.Tensor) -> torch.Tensor:
+        if self._draw.random() < 0.3:
+            time.sleep(self._draw.random() * self._pause_s)
+        return x + expert + 1
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class Stops:
@@ -143,6 +164,8 @@ def cases(draw: random.Random) -> Iterator[str]:
         for name in POLICIES:
             run = options(name)
             changes = {"max_submitted": draw.randint(1, 3), "stream_slots": draw.randint(1, 2)}
+            if not run.whole_layer:
+                changes |= {"miss": draw.choice(["load", "cpu", "split"])}
             if run.copy_stream:
                 changes |= {"chunk_bytes": draw.choice([0, 1000, -3])}
             if run.prefetches:
@@ -162,12 +185,14 @@ def run(policy: str, seed: int, passes: int, pause_s: float, store: Store) -> tu
     gates = Gates(rng)
     chosen = options(policy)
 
+    hosting = Hosting(random.Random(seed + 1), pause_s)
+
     def check(pool: ExpertRows) -> Checking:
         return Checking(pool, store, draw, pause_s)
 
     with executing.Executor(
         model, SPEC, store, open_device("cpu"), bits=2, slots=SPEC.top_k, options=chosen, machine=MACHINE,
-        gates=gates if chosen.lookahead else None, experts=check,
+        gates=gates if chosen.lookahead else None, experts=check, host_experts=hosting,
     ) as executor:  # fmt: skip
         checking = executor.experts
         stops = Stops(executor.copier.pid, seed, pause_s)
@@ -183,7 +208,9 @@ def run(policy: str, seed: int, passes: int, pause_s: float, store: Store) -> tu
                 executor.begin_pass(phase, tokens, context)
                 for layer in range(SPEC.num_layers):
                     ids = torch.from_numpy(np.ascontiguousarray(gates.coming[:, layer]))
-                    executor.visit(layer, torch.zeros(tokens, SPEC.hidden_size), ids, torch.ones(ids.shape))
+                    out = executor.visit(layer, torch.zeros(tokens, SPEC.hidden_size), ids, torch.ones(ids.shape))
+                    if not torch.equal(out[:, 0], (ids + 1).sum(1).to(out.dtype)):
+                        raise AssertionError(f"layer {layer}: an expert's outputs stand with another expert's tokens")
                 executor.end_pass()
                 context += tokens
         finally:

@@ -30,8 +30,18 @@ from sim.spec import SpecError, options  # noqa: E402
 
 PROMPT = [5, 17, 3, 99, 42, 7, 250, 11]
 MACHINE = HardwareProfile(
-    "test", 1, 1, LinkProfile(0.05, 0.0, 0.05, 0.0, 0.05), memory_gb_s=8, tflops=0.05, layer_fixed_s=4e-4, host_s=1e-4
-)
+    "test", 1, 1, LinkProfile(0.05, 0.0, 0.05, 0.0, 0.05), memory_gb_s=8, tflops=0.05, layer_fixed_s=4e-4, host_s=1e-4,
+    host_memory_gb_s=0.1,
+)  # fmt: skip
+ON_HOST = [
+    "on_demand:miss=cpu",
+    "on_demand:miss=split",
+    "on_demand:miss=cpu,copy_stream=0",
+    "speculative:miss=cpu,guard=0,trust=0",
+    "speculative:miss=split,cache=heat",
+    "speculative:miss=split,guard=0,trust=0,landing_slots=1,stale=keep",
+    "on_demand:miss=split,cache=sequence_heat",
+]
 
 
 def runs_here(policy: str) -> bool:
@@ -53,6 +63,7 @@ VARIANTS = [
     "speculative:guard=0,trust=0",
     "confidence:cache=global_lru",
     "on_demand:cache=sequence_heat",
+    *ON_HOST,
 ]
 
 
@@ -124,8 +135,9 @@ def test_load_log_equals_the_simulators(model_dir, store, policy, slots) -> None
     assert log.splitlines() == simulated.getvalue().splitlines()
     for mine, theirs in zip(ledger.phases, twin.phases, strict=True):
         assert mine.hits + mine.late + mine.misses == mine.accesses == theirs.accesses
-        assert (mine.misses, mine.prefetch_loads, mine.prefetch_used, mine.retracted) == (
+        assert (mine.misses, mine.host_computed, mine.prefetch_loads, mine.prefetch_used, mine.retracted) == (
             theirs.misses,
+            theirs.host_computed,
             theirs.prefetch_loads,
             theirs.prefetch_used,
             theirs.retracted,
@@ -142,7 +154,9 @@ def test_serial_copies_are_stalls_not_latency(model_dir, store) -> None:
     assert decode.latency_ns < decode.stall_miss_ns
 
 
-@pytest.mark.parametrize("policy", ["on_demand", "speculative", "mixtral_offloading"])
+@pytest.mark.parametrize(
+    "policy", ["on_demand", "speculative", "mixtral_offloading", "on_demand:miss=cpu,copy_stream=0", ON_HOST[1]]
+)
 def test_every_nanosecond_is_accounted_for(model_dir, store, policy) -> None:
     """Compute, planning and stalls fill the passes without a gap."""
     *_, ledger = generate(model_dir, store, policy, 3)

@@ -13,11 +13,10 @@ import dataclasses
 import itertools
 import json
 import os
-import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -100,16 +99,21 @@ def check_idle(allow_busy: bool = False) -> None:
 
 
 class PausingEngine(Engine):
-    """Waits for nothing for ``pause_ns`` after every visit of a decode pass, as it would wait for an expert."""
+    """Waits after every visit of a decode pass for a load that nobody needs, as it would wait for an expert.
 
-    pause_ns = 0
+    Attributes:
+        link: the copier that brings it, into slots of its own; None: no waits.
+    """
+
+    link: Copier | None = None
+    _loads = 0
 
     def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         result = super().visit(layer, hidden, ids, weights)
-        if self.pause_ns and len(ids) == 1:
-            until = time.monotonic_ns() + self.pause_ns
-            while time.monotonic_ns() < until:
-                select.select([], [], [], 0)
+        if self.link is not None and len(ids) == 1:
+            self.link.apply(demand=[Request(self._loads, self._loads % self.store.count, self._loads % self.slots)])
+            self._loads += 1
+            self.link.wait()
             self._mark = time.monotonic_ns()
         return result
 
@@ -266,11 +270,19 @@ class Calibration:
         self.rounds += 1
 
     def _pause(self, engine: PausingEngine) -> None:
+        store = self.stores[engine.bits]
+        chunk = options("on_demand").chunk_size(store.expert_bytes)
         for ms in (0.0, *PAUSES_MS, HELD_OUT_PAUSE_MS):
-            engine.pause_ns = round(ms * 1e6)
             tokens = max(6, min(self.tokens, round(48 / max(1.0, ms))))
-            self.measured.pauses.setdefault(engine.pause_ns, []).append(self.spans(engine, 24, tokens))
-        engine.pause_ns = 0
+            with ExitStack() as ends:
+                if ms:
+                    pool = ends.enter_context(SlotPool(engine.slots, store.expert_bytes))
+                    pace = store.expert_bytes / ms * 1e3
+                    engine.link = ends.enter_context(
+                        Copier(store, pool, bytes_per_s=pace, fixed_s=0.0, chunk_bytes=chunk)
+                    )
+                self.measured.pauses.setdefault(round(ms * 1e6), []).append(self.spans(engine, 24, tokens))
+                engine.link = None
 
     def undisturbed(self) -> Undisturbed:
         """The spans of passes that were; of a kind where none was, all."""
@@ -330,18 +342,18 @@ class Calibration:
         )
         return laws, errors
 
-    def _cooling(self) -> tuple[tuple[float, float], float | None]:
-        """By what share of a wait a visit takes longer after it, and at most how long; the error on a visit."""
+    def _cooling(self) -> tuple[tuple[float, float, float], float | None]:
+        """How much longer a visit takes after a wait: fixed, per second of it, at most; the error on a visit."""
         pauses = self.undisturbed().pauses
         if not pauses:
-            return (0.0, 0.0), None
+            return (0.0, 0.0, 0.0), None
         visit = {pause / 1e9: _visit_s(runs, self.spec.top_k) for pause, runs in pauses.items()}
-        extra = {pause: max(0.0, seconds - visit[0.0]) for pause, seconds in visit.items()}
-        held = HELD_OUT_PAUSE_MS / 1e3
-        short = [p for p in extra if p and p != held and p != max(extra)]
-        share = sum(p * extra[p] for p in short) / sum(p * p for p in short)
+        extra = {pause: max(1e-9, seconds - visit[0.0]) for pause, seconds in visit.items() if pause}
+        held, longest = HELD_OUT_PAUSE_MS / 1e3, max(extra)
+        fitted_to = {pause: seconds for pause, seconds in extra.items() if pause not in (held, longest)}
+        once, share = law(((pause,), seconds, seconds) for pause, seconds in fitted_to.items())  # absolute errors
         most = max(extra.values())
-        return (share, most), abs((visit[0.0] + min(most, share * held)) / visit[held] - 1)
+        return (once, share, most), abs((visit[0.0] + min(most, once + share * held)) / visit[held] - 1)
 
     def spread(self) -> float | None:
         """How far rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
@@ -659,8 +671,8 @@ def lines(result: Result) -> Iterator[str]:
     yield "host, per visit         " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in laws.host_s.items())
     yield f"arrival notice          {profile.wake_s * 1e6:8.1f} us; link: {profile.sources['link.h2d_gb_s']}"
     yield (
-        f"after a wait            a visit takes {laws.cooling[0]:.1%} of the wait longer, at most "
-        f"{laws.cooling[1] * 1e6:.0f} us"
+        f"after a wait            a visit takes {laws.cooling[0] * 1e6:.1f} us and {laws.cooling[1]:.1%} of the wait "
+        f"longer, at most {laws.cooling[2] * 1e6:.0f} us"
     )
     known = {k: e for k, e in result.errors.items() if e is not None}
     yield "error on what was held out: " + ", ".join(f"{k} {e:.1%}" for k, e in known.items())

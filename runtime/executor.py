@@ -255,6 +255,7 @@ class Executor(PlanRunner):
         if self.timeline:
             self.timeline.planned(plan, time.monotonic_ns(), self.planner.resident_slots, self.store.expert_bytes)
         waiting = self._issue(plan, known)
+        self.ledger.log.record(plan)
         if self.host and plan.host and self.options.copy_stream:
             self.host.begin(layer, plan.host, hidden, id_rows)
         planned = time.monotonic_ns()
@@ -269,7 +270,6 @@ class Executor(PlanRunner):
     def _account(self, plan: Plan, started: int, before_gates: int, known: int, planned: int) -> None:
         visit = plan.visit
         phase = self.ledger.phases[self._phase]
-        self.ledger.log.record(plan)
         phase.compute_ns += known - started
         phase.latency_ns += planned - known
         if self.spans is not None:

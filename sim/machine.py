@@ -46,8 +46,8 @@ class Operators:
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
         host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
         host_expert: like ``expert``, computed on the host.
-        cooling: computing after a wait takes this share of the wait longer, and at most so many seconds: caches hold
-            less of the model then.
+        cooling: computing after a wait takes longer: by so many seconds (not more than the wait), by this share of the
+            wait, and at most by so many seconds in all: caches hold less of the model and the program then.
         reach: most ``tokens`` in a pass and most ``context`` that were measured; absent: not known.
         control_s: a fixed piece of work (`runtime.steadiness`) took so long meanwhile; 0: not known.
         residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
@@ -60,7 +60,7 @@ class Operators:
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
-    cooling: tuple[float, float] = (0.0, 0.0)
+    cooling: tuple[float, float, float] = (0.0, 0.0, 0.0)
     reach: dict[str, float] = field(default_factory=dict)
     control_s: float = 0.0
     residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -184,7 +184,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         return {bits: (first, second) for bits, (first, second) in laws.items()}
 
     head = seconds("head", law["head"], 2)
-    share, most = seconds("cooling", law.get("cooling", (0.0, 0.0)), 2)
+    once, share, most = seconds("cooling", law.get("cooling", (0.0, 0.0, 0.0)), 3)
     return Operators(
         dense=(fixed, token, context),
         expert=by_bits("expert") if law["expert"] else {},
@@ -192,7 +192,7 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
         gates=seconds("gates", law.get("gates", ())),
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
-        cooling=(share, most),
+        cooling=(once, share, most),
         control_s=_positive(f"{where}.control_s", law.get("control_s", 0.0)),
         reach=_reach(f"{where}.reach", law.get("reach", {})),
         residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},

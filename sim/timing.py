@@ -52,7 +52,7 @@ class Timing:
         link = machine.link
         self.write_back_ns = copy_ns(self.expert_bytes, link.d2h_gb_s, link.d2h_fixed_s)
         self.wake_ns = ns(machine.wake_s)
-        self._cooling_ppm = self._cooling_max_ns = 0
+        self._cooling_ns = self._cooling_ppm = self._cooling_max_ns = 0
         self.measured = model.name in machine.operators
         self._expert: dict[int, int] = {}
         self._dense_of, self._dense_ns = (-1, -1), 0
@@ -112,7 +112,8 @@ class Timing:
         self.sync_ns = 0
         self.host_ns = ns(host_seconds(laws, options, self.machine.host_s))
         self.shared_ns = 0
-        self._cooling_ppm, self._cooling_max_ns = round(laws.cooling[0] * 1e6), ns(laws.cooling[1])
+        once, share, most = laws.cooling
+        self._cooling_ns, self._cooling_ppm, self._cooling_max_ns = ns(once), round(share * 1e6), ns(most)
         expert_fixed, expert_token = laws.expert[str(bits)]
         self._dense_s: Callable[[int, int], float] = lambda n, context: (
             fixed + per_token * n + per_context * (context + n)
@@ -174,7 +175,7 @@ class Timing:
 
     def cooled_ns(self, wait_ns: int) -> int:
         """How much longer computing takes right after a wait."""
-        return min(self._cooling_max_ns, wait_ns * self._cooling_ppm // 1_000_000)
+        return min(self._cooling_max_ns, min(self._cooling_ns, wait_ns) + wait_ns * self._cooling_ppm // 1_000_000)
 
     def plain_visit_ns(self) -> int:
         """A decode visit at context 0 without any stall: the unit in which the planner looks ahead."""
@@ -191,6 +192,7 @@ class Timing:
             shared_ns=self.shared_ns,
             host_ns=self.host_ns,
             wake_ns=self.wake_ns,
+            cooling_ns=self._cooling_ns,
             cooling_ppm=self._cooling_ppm,
             cooling_max_ns=self._cooling_max_ns,
             sync_ns=self.sync_ns,

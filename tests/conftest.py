@@ -50,7 +50,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 CHUNK = 10_000  # bytes, and nanoseconds on the round machine's link
 
 
-def round_machine(bits: int = 4, cooling: tuple[float, float] = (0.0, 0.0), **changes: Any) -> HardwareProfile:
+def round_machine(
+    bits: int = 4, cooling: tuple[float, float, float] = (0.0, 0.0, 0.0), **changes: Any
+) -> HardwareProfile:
     """Measured laws of the model ``tiny`` in round nanoseconds, and a link of 1 byte a nanosecond.
 
     Dense part 4000 + 100 a token, one expert 3000 + 500 a token, head 2000, planning 1000, wake-up 200;
@@ -146,7 +148,7 @@ def random_setting(seed: int) -> Setting:
     base = draw.choice(["on_demand", looking])
     text = base + ("," if ":" in base else ":") + ",".join(f"{k}={v}" for k, v in keys.items())
     machine = round_machine(
-        cooling=draw.choice([(0.0, 0.0), (0.07, 2e-6), (0.3, 1e-3)]),
+        cooling=draw.choice([(0.0, 0.0, 0.0), (3e-7, 0.07, 2e-6), (0.0, 0.3, 1e-3)]),
         wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]),
         host_memory_gb_s=draw.choice([3.0, 6.0]),
     )

@@ -46,6 +46,7 @@ PAUSES_MS = (0.3, 1.0, 3.0, 10.0)  # waits between visits
 HELD_OUT_PAUSE_MS = 2.0
 POLICIES = ("on_demand", "speculative")
 TEMPERATURE = 0.8  # of the sampling, whose time is part of the head
+SERIAL_COPIES = 100
 LINK_COPIES = 200  # of each size
 LINK_PIECES = (16, 8, 4, 2, 1)  # an expert in so many chunks
 MAPE = 0.05  # held-out error above which an operator is named
@@ -528,6 +529,23 @@ def paced_link(store: ExpertRows, gb_s: float, seconds: float = 1.0, most: int =
         return float(np.median(rates)), trimmed_mean(waits)
 
 
+def serial_s(store: ExpertRows, gb_s: float) -> float:
+    """Seconds from the end of copies that are waited for one by one until the waiter knows of it."""
+    chunk = options("on_demand").chunk_size(store.expert_bytes)
+    with (
+        SlotPool(4, store.expert_bytes) as pool,
+        Copier(store, pool, bytes_per_s=gb_s * 1e9, fixed_s=0.0, chunk_bytes=chunk) as copier,
+    ):
+        found = []
+        for i in range(SERIAL_COPIES):
+            start = time.monotonic_ns()
+            copier.apply(demand=[Request(i, i % store.count, i % 4)])
+            copier.drain()
+            found.append((time.monotonic_ns() - start) / 1e9 - store.expert_bytes / (gb_s * 1e9))
+            copier.arrived()
+        return trimmed_mean(found)
+
+
 def memory_gb_s() -> float:
     """Bytes read and written per second by a large copy on one thread, decimal GB/s."""
     source = torch.ones(64_000_000, dtype=torch.uint8)
@@ -579,6 +597,7 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
     with device.hold(first):
         link = link_laws(device, first, pace)
     _, wait_s = paced_link(first, work.gb_s) if work.device == "cpu" else (0.0, 0.0)
+    serial = serial_s(first, 4 * work.gb_s) if work.device == "cpu" else 0.0
     memory, arithmetic = memory_gb_s(), tflops()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = others.share()
@@ -603,6 +622,7 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         "memory_gb_s": measured + "; a 64 MB copy on one thread, bytes read and written",
         "tflops": measured + "; a 768 x 768 float32 product on one thread",
         "wake_s": measured + "; from the end of a load until the waiting engine knows of it, mean",
+        "serial_s": measured + "; from the end of a copy that is waited for until that is known, mean",
         "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
         "operators": measured
         + f"; engine runs of {work.tokens} tokens in {work.rounds} rounds, trimmed means, least squares",
@@ -619,6 +639,7 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         tflops=arithmetic,
         host_s=laws.host_s["on_demand"],
         wake_s=wait_s,
+        serial_s=serial,
         evidence="MEASURED" if idle else "MEASURED (busy machine)",
         operators={work.spec.name: laws},
         sources=sources,
@@ -669,7 +690,8 @@ def lines(result: Result) -> Iterator[str]:
     yield f"head and embedding      {(laws.head[0] + laws.head[1]) * 1e6:8.1f} us"
     yield "lookahead gates         " + ", ".join(f"d={d} {s * 1e6:.1f} us" for d, s in enumerate(laws.gates, 1))
     yield "host, per visit         " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in laws.host_s.items())
-    yield f"arrival notice          {profile.wake_s * 1e6:8.1f} us; link: {profile.sources['link.h2d_gb_s']}"
+    yield f"arrival notice          {profile.wake_s * 1e6:8.1f} us, of serial copies {profile.serial_s * 1e6:.1f} us"
+    yield f"link                    {profile.sources['link.h2d_gb_s']}"
     yield (
         f"after a wait            a visit takes {laws.cooling[0] * 1e6:.1f} us and {laws.cooling[1]:.1%} of the wait "
         f"longer, at most {laws.cooling[2] * 1e6:.0f} us"

@@ -26,6 +26,7 @@ class Recorder:
         self._model = model
         self._lookahead = lookahead
         self._with_logits = with_logits
+        self._new: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, npt.NDArray[np.float16] | None]] = []
         self._visits: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]] = []
         self._scores: list[npt.NDArray[np.float16] | None] = []
         self._beside: dict[str, list[npt.NDArray[np.float16]]] = {}
@@ -41,11 +42,13 @@ class Recorder:
 
     def start_pass(self, tokens: int, phase: int) -> None:
         """The next ``num_layers`` visits belong to a pass of ``tokens``, equally many of each sequence."""
+        self._take_in()
         self._passes.append((tokens, phase))
         self._rows.append(np.repeat(np.array(self._batch, np.int32), tokens // len(self._batch)))
 
     def drop_pass(self) -> None:
         """Forget a pass that did not end."""
+        self._take_in()
         self._passes.pop()
         self._rows.pop()
         for visits in (self._visits, self._scores, *self._beside.values()):
@@ -67,13 +70,23 @@ class Recorder:
         logits: torch.Tensor | None,
         scores: npt.NDArray[np.float16] | None,
     ) -> None:
-        """One visit: ids and weights [T, K], logits [T, E], guess scores [T, D, E]; all are copied."""
-        kept = logits.float().cpu().numpy().astype(np.float16) if self._with_logits and logits is not None else None
-        self._visits.append((ids.cpu().numpy().copy(), weights.float().cpu().numpy().astype(np.float16), kept))
-        self._scores.append(None if scores is None or not self._lookahead else self._padded(scores))
+        """One visit: ids and weights [T, K], logits [T, E], guess scores [T, D, E], which are not written to again.
+
+        Tensors are copied; all else is left until the pass has ended, since a pass is timed.
+        """
+        kept = logits.clone() if self._with_logits and logits is not None else None
+        self._new.append((ids.clone(), weights.clone(), kept, scores))
+
+    def _take_in(self) -> None:
+        for ids, weights, logits, scores in self._new:
+            kept = None if logits is None else logits.float().cpu().numpy().astype(np.float16)
+            self._visits.append((ids.cpu().numpy(), weights.float().cpu().numpy().astype(np.float16), kept))
+            self._scores.append(None if scores is None or not self._lookahead else self._padded(scores))
+        self._new.clear()
 
     def trace(self, provenance: dict[str, Any], predictor: str, routing: str = "RECORDED") -> Trace:
         """All whole passes so far, the run's own guesses under the name ``predictor``; "" leaves guesses out."""
+        self._take_in()
         layers = self._model.num_layers
         whole = len(self._visits) // layers  # passes; the last may have broken off
         made = self._passes[:whole]

@@ -203,6 +203,7 @@ def serial(s: State, c: Config, t: Times, routed: int) -> int:
     """Without a copy stream: every copy in turn, both directions, then compute; returns when the visit ends."""
     n = s.n
     loads = n[PREFETCHES]
+    streamed = 0
     victims = n[DISPLACED]
     compute_ns = t.shared_ns
     host_ns = 0
@@ -211,19 +212,26 @@ def serial(s: State, c: Config, t: Times, routed: int) -> int:
             host_ns += t.host_expert_ns[s.counts[i]]
             continue
         compute_ns += t.expert_ns[s.counts[i]]
-        if s.fate[i] == DEMANDED or s.fate[i] == STREAMED:
+        if s.fate[i] == DEMANDED:
             loads += 1
+        elif s.fate[i] == STREAMED:
+            streamed += 1
         if s.fate[i] == DEMANDED and s.evicted[i] >= 0:
             victims += 1
     for k in range(n[PREFETCHES]):
         if s.prefetch_evicted[k] >= 0:
             victims += 1
-    copies_ns = loads * t.load_ns + (t.write_back_ns * victims if c.write_back else 0)
+    back_ns = t.serial_ns + t.write_back_ns * victims if c.write_back and victims else 0
+    loads_ns = t.serial_ns + loads * t.load_ns if loads else 0
+    each_ns = t.serial_ns + t.load_ns
+    copies_ns = back_ns + loads_ns + streamed * each_ns
     n[CLAIM_HITS] = n[CLAIMS]
-    n[SERIAL_COPIES] = loads
+    n[SERIAL_COPIES] = loads + streamed
     n[SERIAL_HOST] = host_ns
     n[STALL_MISS] = copies_ns + host_ns
-    n[COOLED] = cooled_ns(t, copies_ns + host_ns)
+    n[COOLED] = (
+        cooled_ns(t, back_ns) + cooled_ns(t, loads_ns) + streamed * cooled_ns(t, each_ns) + cooled_ns(t, host_ns)
+    )
     n[WASTED] = n[RETRACTS] * t.expert_bytes
     return n[PLANNED] + copies_ns + host_ns + n[COOLED] + compute_ns
 

@@ -78,6 +78,7 @@ class HardwareProfile:
         sync_s: bringing the routing to the host, once per layer.
         host_s: planning one visit.
         wake_s: waking the copier after a plan, and the waiting engine after an arrival; charged once a plan.
+        serial_s: where copies and computing take turns, until the end of copies in one direction is known.
         host_memory_gb_s, host_memory_efficiency: bandwidth of the host's memory and the share of it an expert computed
             there reaches; what the link takes meanwhile is lost to it. 0: the host computes no experts.
         host_tflops, host_expert_fixed_s: arithmetic the host reaches on experts (0: no limit), and a fixed cost of
@@ -101,6 +102,7 @@ class HardwareProfile:
     sync_s: float = 0.0
     host_s: float = 0.0
     wake_s: float = 0.0
+    serial_s: float = 0.0
     host_memory_gb_s: float = 0.0
     host_memory_efficiency: float = 0.6
     host_tflops: float = 0.0

@@ -246,10 +246,14 @@ class Simulation:
         for load in plan.prefetch:
             copy = self._copies[load.number] = self._copy(load)
             copy.unsubmitted, copy.submitted = 0, timing.chunks.number
-        copies = len(loads) * timing.chunks.total_ns()
-        counts.link_busy_ns += copies
-        if self._options.write_back:
-            copies += timing.write_back_ns * len(plan.written_back())
+        each = timing.chunks.total_ns()
+        counts.link_busy_ns += len(loads) * each
+        together = len(plan.demand) + len(plan.prefetch)
+        victims = len(plan.written_back()) if self._options.write_back else 0
+        waits = [timing.serial_ns + timing.write_back_ns * victims] if victims else []
+        waits += [timing.serial_ns + each * together] if together else []
+        waits += [timing.serial_ns + each] * len(plan.stream)
+        copies = sum(waits)
         if self._timeline:
             loads_end = self._timeline.serial(loads, timing.chunks.total_ns(), planned)
             if self._options.write_back:
@@ -263,7 +267,7 @@ class Simulation:
         counts.compute_ns += device_ns
         counts.stall_miss_ns += host_ns
         counts.host_busy_ns += host_ns
-        cooled_ns = timing.cooled_ns(copies + host_ns)
+        cooled_ns = sum(timing.cooled_ns(wait) for wait in (*waits, host_ns))
         counts.compute_ns += cooled_ns
         end = planned + copies + timing.shared_ns + cooled_ns + device_ns + host_ns
         yield self.env.timeout(end - self.now)

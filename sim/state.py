@@ -344,6 +344,7 @@ class Times(NamedTuple):
         shared_ns: shared experts of a layer.
         host_ns: planning one visit.
         wake_ns: until a plan reaches the link.
+        serial_ns: until the end of serial copies in one direction is known.
         cooling_ns, cooling_ppm, cooling_max_ns: computing after a wait takes longer: by a fixed time, by this share of
             the wait, at most by so much.
         sync_ns, gates_ns: bringing the routing to the host; the lookahead gates.
@@ -363,6 +364,7 @@ class Times(NamedTuple):
     shared_ns: int
     host_ns: int
     wake_ns: int
+    serial_ns: int
     cooling_ns: int
     cooling_ppm: int
     cooling_max_ns: int

@@ -52,6 +52,7 @@ class Timing:
         link = machine.link
         self.write_back_ns = copy_ns(self.expert_bytes, link.d2h_gb_s, link.d2h_fixed_s)
         self.wake_ns = ns(machine.wake_s)
+        self.serial_ns = ns(machine.serial_s)
         self._cooling_ns = self._cooling_ppm = self._cooling_max_ns = 0
         self.measured = model.name in machine.operators
         self._expert: dict[int, int] = {}
@@ -192,6 +193,7 @@ class Timing:
             shared_ns=self.shared_ns,
             host_ns=self.host_ns,
             wake_ns=self.wake_ns,
+            serial_ns=self.serial_ns,
             cooling_ns=self._cooling_ns,
             cooling_ppm=self._cooling_ppm,
             cooling_max_ns=self._cooling_max_ns,

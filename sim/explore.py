@@ -91,7 +91,7 @@ def link(machine: str, gb_s: float | None) -> list[str]:
         SpecError: no such machine, or no speed.
     """
     known = machines.load_machine(machine).link
-    if gb_s is None:
+    if gb_s is None or gb_s == known.h2d_gb_s:
         return []
     if not gb_s > 0:
         raise SpecError(f"the link's speed is {gb_s} GB/s; it must be above 0, or None for the machine's own")
@@ -130,14 +130,14 @@ def with_guesses(trace: Trace, predictors: Sequence[str]) -> Trace:
 
 def recalls(trace: Trace) -> Record:
     """What every predictor of a trace recalls over its decode tokens, in the form of ``runtime.gates_report``."""
-    tables = {name: stats.recall(trace, name) for name in trace.guesses}
+    tables = {name: stats.recall(trace, name).tolist() for name in trace.guesses}
     return {
         "evidence": f"MEASURED on {trace.routing} routing of {trace.model.name}",
         "bits": None,
         "tokens": trace.num_decode_tokens,
         "top_k": trace.model.top_k,
         "recall": {
-            name: {"all": np.where(np.isnan(table), None, table.round(4).astype(object)).tolist()}
+            name: {"all": [[[None if np.isnan(v) else round(v, 4) for v in row] for row in rows] for rows in table]}
             for name, table in tables.items()
         },
     }

@@ -27,6 +27,7 @@ from traces.cli import Parser
 FORMATS = (".png", ".svg")
 CHARACTERS_PER_INCH = 15.5  # of the caption's type
 LETTERS_PER_INCH = 10.0  # of the headline's
+PLACES = 4  # of a figure's width and height
 LINE, SMALL_LINE, MARGIN = 0.19, 0.135, 0.12  # inches: a line of headline and caption, and what stays free around them
 MADE_BY = {
     "runs": "sim.run or sim.sweep",
@@ -169,6 +170,17 @@ def cell_caption(cells: list[Record]) -> str:
 CAPTIONS = {"runs": caption, "cells": cell_caption, "traces": trace_caption, "recalls": recall_caption}
 
 
+def settle(figure: Any) -> None:
+    """Lay the figure out once and round where parts and axes stand: the solver's last digits differ from run to run."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        corners = part.bbox_relative.get_points().round(PLACES)
+        part.bbox_relative.p0, part.bbox_relative.p1 = corners
+        for axes in part.axes:
+            axes.set_position([round(value, PLACES) for value in axes.get_position(original=True).bounds])
+
+
 def draw(kind: str, results: list[Record], marks: Sequence[float] = ()) -> tuple[dict[str, bytes], int, str]:
     """The picture in every format, how many points it shows, and its caption; the same results give the same bytes.
 
@@ -195,13 +207,15 @@ def draw(kind: str, results: list[Record], marks: Sequence[float] = ()) -> tuple
         rows = [LINE * len(above) + MARGIN, height, SMALL_LINE * len(below) + MARGIN]
         figure = Figure(figsize=(width, sum(rows)), layout="constrained")
         FigureCanvasAgg(figure)
-        head, body, foot = figure.subfigures(3, 1, height_ratios=rows, hspace=0)
+        parts: Any = figure.subfigures(3, 1, height_ratios=rows, hspace=0)
+        head, body, foot = parts
         picture.draw(body, results)
         for value in marks:
             picture.mark(body, value)
         edge = 0.1 / width
         head.text(edge, 1 - MARGIN / 2 / rows[0], "\n".join(above), va="top", fontsize=11, fontweight="bold")
         foot.text(edge, 1 - MARGIN / 2 / rows[2], "\n".join(below), va="top", fontsize=7.5, color="0.25")
+        settle(figure)
         images = {}
         for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             buffer = io.BytesIO()

@@ -37,6 +37,8 @@ def pareto(places: list[tuple[float, float]]) -> list[int]:
 def mark(figure: Figure, vram_gb: float) -> None:
     """A line at a memory limit."""
     axes = figure.axes[0]
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, max(right, vram_gb + 0.1 * (right - left)))
     axes.axvline(vram_gb, color="black", linestyle=":", lw=1.4)
     text = f"{vram_gb:g} GB"
     axes.annotate(text, (vram_gb, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")

@@ -35,7 +35,7 @@ def slower(runs: list[Record]) -> dict[str, Line]:
     Raises:
         PictureError: the base is not among the runs.
     """
-    groups = {name: best_by(group, link_gb_s) for name, group in by_name(runs).items()}
+    groups = {name: best_by(group, link_gb_s) for name, group in sorted(by_name(runs).items())}
     if BASE not in groups:
         raise PictureError(f"the results lack {BASE}, which prefetching is held against; simulate it too")
     base = groups.pop(BASE)
@@ -77,7 +77,7 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     needs_variation(runs, "axes", link_gb_s)
     widths = sorted({r["bits"] for r in runs}, reverse=True)
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False)[0]
-    style = looks(name for name in by_name(runs))
+    style = looks(sorted(by_name(runs)))
     points, said = 0, []
     for axes, bits in zip(panels, widths, strict=True):
         lines = slower([r for r in runs if r["bits"] == bits])

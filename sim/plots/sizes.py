@@ -24,7 +24,7 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     groups = by_name(runs)
     if len(groups) > MOST:
         raise PictureError(f"{len(groups)} policies are too many; choose at most {MOST} with --where policy=NAME")
-    best = {name: best_by(group, lambda r: r["slots"]) for name, group in groups.items()}
+    best = {name: best_by(group, lambda r: r["slots"]) for name, group in sorted(groups.items())}
     axes = figure.add_subplot()
     step = WIDTH / len(best)
     for order, (name, by_size) in enumerate(best.items()):

@@ -133,6 +133,7 @@ def report(
         "bits": bits,
         "gates_bits": file.header["bits"],
         "tokens": found.num_tokens,
+        "top_k": spec.top_k,
         "recall": {n: {"all": recalls(trace, n)} | {d: recalls(trace, n, d) for d in names} for n in guesses},
         "calibration_error": calibration,
     }

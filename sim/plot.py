@@ -17,15 +17,24 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sim import plots
 from sim.plots._records import PictureError, Record, choose, comparable, read, usable
-from sim.plots._style import RC, caption
+from sim.plots._style import RC, caption, recall_caption, trace_caption
 from traces.cli import Parser
 
 FORMATS = (".png", ".svg")
 CHARACTERS_PER_INCH = 15.5  # of the caption's type
+LETTERS_PER_INCH = 10.0  # of the headline's
+PLACES = 4  # of a figure's width and height
+LINE, SMALL_LINE, MARGIN = 0.19, 0.135, 0.12  # inches: a line of headline and caption, and what stays free around them
+MADE_BY = {
+    "runs": "sim.run or sim.sweep",
+    "cells": "runtime.validate",
+    "traces": "traces.inspect",
+    "recalls": "runtime.gates_report",
+}
 
 
 def pictures() -> dict[str, ModuleType]:
@@ -78,15 +87,76 @@ def select(picture: ModuleType, paths: list[str], where: list[str]) -> list[Reco
     Raises:
         PictureError: a file, a key or a variation the picture needs is missing, or results that cannot be compared.
     """
-    found = read(paths)
-    results = found.cells if picture.READS == "cells" else found.runs
+    results: list[Record] = getattr(read(paths), picture.READS)
     if not results:
-        made = "runtime.validate" if picture.READS == "cells" else "sim.run or sim.sweep"
+        made = MADE_BY[picture.READS]
         raise PictureError(f"{', '.join(paths)}: no {picture.READS} in there; this picture needs the output of {made}")
+    return suited(picture, results, where)
+
+
+def suited(picture: ModuleType, results: list[Record], where: Sequence[str] = ()) -> list[Record]:
+    """Those a picture can be drawn from.
+
+    Raises:
+        PictureError: a key or a variation the picture needs is missing, or results that cannot be compared.
+    """
     results = usable(choose(results, where), picture.NEEDS)
     if picture.READS == "runs":
         comparable(results, picture.VARIES)
     return results
+
+
+class Picture(NamedTuple):
+    """A picture in memory; a notebook shows it by itself."""
+
+    images: dict[str, bytes]
+    points: int
+    caption: str
+
+    def _repr_png_(self) -> bytes:
+        return self.images[".png"]
+
+    def __repr__(self) -> str:
+        return f"{self.points} points. {self.caption}"
+
+
+def picture(
+    kind: str,
+    source: str | os.PathLike[str] | list[Record],
+    where: Sequence[str] = (),
+    marks: Sequence[float] = (),
+) -> Picture:
+    """A picture of a result file, or of results as `sim.explore`, `traces.inspect` and others return them.
+
+    ``where`` and ``marks`` as the flags ``--where`` and ``--mark``.
+
+    Raises:
+        PictureError: as `select` and `draw`.
+    """
+    if isinstance(source, list):
+        if not source:
+            raise PictureError(f"there are no results to draw; {kind} needs at least one")
+        return Picture(*draw(kind, suited(pictures()[kind], source, where), marks))
+    return Picture(*draw(kind, select(pictures()[kind], [os.fspath(source)], list(where)), marks))
+
+
+def validations(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files of a folder that ``runtime.validate`` wrote, by name.
+
+    Raises:
+        PictureError: there is none.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(document, dict) and document.get("cells"):
+            found.append(path)
+    if not found:
+        raise PictureError(f"{os.fspath(folder)}: no validation in there; name the folder of runtime.validate --out")
+    return found
 
 
 def cell_caption(cells: list[Record]) -> str:
@@ -95,6 +165,20 @@ def cell_caption(cells: list[Record]) -> str:
     about = cells[0].get("validation", {})
     device = f", device {about['device']}" if about.get("device") else ""
     return text.removesuffix(".") + f"{device}; against SIMULATED on the profile of that machine."
+
+
+CAPTIONS = {"runs": caption, "cells": cell_caption, "traces": trace_caption, "recalls": recall_caption}
+
+
+def settle(figure: Any) -> None:
+    """Lay the figure out once and round where parts and axes stand: the solver's last digits differ from run to run."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        corners = part.bbox_relative.get_points().round(PLACES)
+        part.bbox_relative.p0, part.bbox_relative.p1 = corners
+        for axes in part.axes:
+            axes.set_position([round(value, PLACES) for value in axes.get_position(original=True).bounds])
 
 
 def draw(kind: str, results: list[Record], marks: Sequence[float] = ()) -> tuple[dict[str, bytes], int, str]:
@@ -110,17 +194,28 @@ def draw(kind: str, results: list[Record], marks: Sequence[float] = ()) -> tuple
     except ImportError as error:
         raise PictureError(f"a picture needs matplotlib ({error}); install the 'plots' extra") from None
     picture = pictures()[kind]
+    width, height = picture.SIZE
+    if hasattr(picture, "height"):
+        height = picture.height(results)
     with mpl.rc_context():
         mpl.rcdefaults()  # a person's own matplotlibrc changes no picture
         mpl.rcParams.update(cast(Any, RC))
-        figure = Figure(figsize=picture.SIZE, layout="constrained")
+        drawn = picture.draw(Figure(figsize=(width, height)), results)  # for its words: how much room they need
+        text = " ".join([CAPTIONS[picture.READS](results), *(note for note in drawn.notes if note)])
+        above = textwrap.wrap(drawn.headline, int(width * LETTERS_PER_INCH))
+        below = textwrap.wrap(text, int(width * CHARACTERS_PER_INCH))
+        rows = [LINE * len(above) + MARGIN, height, SMALL_LINE * len(below) + MARGIN]
+        figure = Figure(figsize=(width, sum(rows)), layout="constrained")
         FigureCanvasAgg(figure)
-        drawn = picture.draw(figure, results)
+        parts: Any = figure.subfigures(3, 1, height_ratios=rows, hspace=0)
+        head, body, foot = parts
+        picture.draw(body, results)
         for value in marks:
-            picture.mark(figure, value)
-        text = " ".join([cell_caption(results) if picture.READS == "cells" else caption(results), *drawn.notes])
-        lines = textwrap.fill(text, int(picture.SIZE[0] * CHARACTERS_PER_INCH))
-        figure.supxlabel(lines, x=0.01, ha="left", fontsize=7.5, color="0.25")
+            picture.mark(body, value)
+        edge = 0.1 / width
+        head.text(edge, 1 - MARGIN / 2 / rows[0], "\n".join(above), va="top", fontsize=11, fontweight="bold")
+        foot.text(edge, 1 - MARGIN / 2 / rows[2], "\n".join(below), va="top", fontsize=7.5, color="0.25")
+        settle(figure)
         images = {}
         for ending, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             buffer = io.BytesIO()

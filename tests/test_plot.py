@@ -12,6 +12,8 @@ import pytest
 
 from sim import plot
 from sim.plots import _records as records
+from sim.plots import crossing, ladder, order, validation
+from sim.plots._style import looks
 from sim.plots.front import pareto
 from sim.plots.stalls import parts_ms
 
@@ -49,29 +51,80 @@ def lines(path: Path, found: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def trace_figures() -> dict[str, Any]:
+    """As ``traces.inspect`` prints them, of a trace of 2 layers with 4 experts."""
+    curve = {"slots": [2, 3, 4], "hit_share": [0.4, 0.7, 1.0]}
+    return {
+        "model": {"name": "tiny", "num_layers": 2, "num_experts": 4, "top_k": 2}, "routing": "SYNTHETIC",
+        "tokens": {"prefill": 5, "decode": 50}, "sequences": 1, "cold_sequences": False,
+        "layers": {"use": [[10, 0, 20, 30], [15, 15, 15, 15]], "repeat_in_order": [0.5, 0.6],
+                   "repeat_shuffled": [0.3, 0.3], "repeat_shuffled_within": [0.4, 0.4]},
+        "lru": curve | {"decode_accesses": 100, "hit_share_by_layer": [[0.3, 0.6, 1.0], [0.5, 0.8, 1.0]]},
+        "belady": {"forced": {"slots": [2, 3, 4], "hit_share": [0.5, 0.8, 1.0]},
+                   "bypass": {"slots": [1, 2, 3, 4], "hit_share": [0.2, 0.6, 0.9, 1.0]}},
+    }  # fmt: skip
+
+
+def recall_report() -> dict[str, Any]:
+    """As ``runtime.gates_report`` writes one width: [distance - 1][layer][guesses - 1]."""
+    layers = [[[0.4, 0.7], [0.45, 0.8], [None, None]], [[0.3, 0.6], [None, None], [None, None]]]
+    better = [[[v and v + 0.1 for v in row] for row in rows] for rows in layers]
+    return {
+        "evidence": "MEASURED on SYNTHETIC routing of tiny", "bits": 4, "tokens": 50, "top_k": 2,
+        "recall": {"router": {"all": layers}, "aligned": {"all": better}},
+    }  # fmt: skip
+
+
+def by_link() -> list[dict[str, Any]]:
+    """On a slow link one policy loses 10 %, on a fast one it wins 10 %; the other is always slower."""
+    found = []
+    for link, ratio in ((4, 1.1), (16, 0.9)):
+        shared = {"axes": {"machine.link.h2d_gb_s": str(link)}, "set": [f"machine.link.h2d_gb_s={link}"]}
+        for policy, times in (("on_demand", 1.0), ("speculative", ratio), ("next_layer", 1.2)):
+            found.append(result(policy, tpot_s=0.01 * times, **shared))
+    return found
+
+
+RUNGS = ["mixtral_offloading", "mixtral_offloading_no_write_back", "speculative"]
 SHOWN = {  # results that are enough for each picture, and the points it draws
     "stalls": ([result(), result("on_demand")], 2),
     "slots": ([result(p, slots=n) for p in ("speculative", "on_demand") for n in (2, 3, 4)], 6),
     "lookahead": (grid(), 9),
     "budget": ([result(f"speculative:landing_slots={n}", landing_slots=n, tpot_s=0.02 + n / 1e3) for n in (1, 2)], 2),
     "front": ([result(slots=n, bits=b) for n in (2, 4) for b in (2, 4)], 4),
+    "sizes": ([result(p, slots=n) for p in ("speculative", "on_demand") for n in (2, 3, 4)], 6),
+    "crossing": (by_link(), 4),
+    "ladder": ([result(p, tpot_s=t) for p, t in zip(RUNGS, (0.04, 0.03, 0.02), strict=True)], 3),
+    "worth": ([result("on_demand"), *(result(predictor=p, recall=r) for p, r in (("router", 0.8), ("mlp", 0.9)))], 2),
+    "predictors": ([result(predictor=p, bits=b) for p in ("router", "mlp", "oracle") for b in (2, 4)], 6),
+    "use": ([trace_figures()], 8),
+    "repeats": ([trace_figures()], 6),
+    "hits": ([trace_figures()], 9),
+    "recall": ([recall_report()], 4),
+    "alignment": ([recall_report()], 3),
 }
+COUNTED = ("use", "repeats", "recall", "alignment")
+CELLS = {"validation": 1, "order": 1, "shares": 2}  # points for each cell of the committed validation
 
 
 @pytest.mark.parametrize("kind", plot.pictures())
 def test_every_picture_draws_both_formats_with_its_evidence(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the plots extra")
-    source, points = str(VALIDATION), 9
-    if kind in SHOWN:
+    if kind in CELLS:
+        source, points = str(VALIDATION), CELLS[kind] * len(records.read([str(VALIDATION)]).cells)
+    else:
         found, points = SHOWN[kind]
         source = lines(tmp_path / "results.jsonl", found)
+        if plot.pictures()[kind].READS == "recalls":
+            Path(source).write_text(json.dumps({"reports": found}))
     out = [str(tmp_path / "a.png"), str(tmp_path / "a.svg")]
     command = [sys.executable, "-m", "sim.plot", kind, source, "--out", out[0], "--out", out[1]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["files"] == out and document["points"] == points
-    assert "SIMULATED" in document["caption"] and document["caption"].count("routing") == 1
+    assert ("MEASURED" if kind in COUNTED else "SIMULATED") in document["caption"]
+    assert document["caption"].count("routing") == 1
     assert Path(out[0]).read_bytes().startswith(b"\x89PNG") and b"<svg" in Path(out[1]).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("a")) == ["a.png", "a.svg"]
 
@@ -89,7 +142,7 @@ def test_the_same_results_in_any_order_give_the_same_bytes(kind: str, monkeypatc
 
 def test_every_module_of_the_folder_is_a_picture() -> None:
     for name, module in plot.pictures().items():
-        assert module.READS in ("runs", "cells"), name
+        assert module.READS in records.Results._fields, name
         assert (module.__doc__ or "").splitlines()[0].endswith((".", ":")), name
         assert set(module.VARIES) <= set(records.CONDITIONS + records.CHOICES), name
         assert name in plot.parser().format_help()
@@ -109,6 +162,13 @@ def test_every_module_of_the_folder_is_a_picture() -> None:
         ("stalls", [{"policy": "on_demand"}], "no result has tpot_s"),
         ("front", [result(bounds={}), result("on_demand", tpot_s=None)], "one VRAM and one speed"),
         ("validation", [result()], "no cells"),
+        ("use", [result()], "no traces in there; this picture needs the output of traces.inspect"),
+        ("hits", [trace_figures()] * 2, "shows one trace, the results hold 2"),
+        ("crossing", by_link()[1:3] + by_link()[4:], "lack on_demand"),
+        ("sizes", [result(p, slots=n) for p in "abcde" for n in (2, 3)], "at most 4"),
+        ("ladder", [result()], "2 to 12 rungs"),
+        ("worth", [result(), result("on_demand")], "no recall"),
+        ("predictors", [result(predictor="mlp")], "has predictor router"),
     ],
 )
 def test_what_the_results_lack_is_one_sentence(
@@ -242,3 +302,65 @@ def test_drawing_loads_no_pyplot_and_reading_no_matplotlib() -> None:
         f"plot.select(plot.pictures()['validation'], [{str(VALIDATION)!r}], []); assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_policy_looks_the_same_in_every_picture() -> None:
+    one = looks(["speculative", "on_demand", "mine"])
+    two = looks(["on_demand:landing_slots=2", "speculative:lookahead=1", "speculative:lookahead=2"])
+    assert one["speculative"] == two["speculative:lookahead=1"] and one["on_demand"] == two["on_demand:landing_slots=2"]
+    for found in (one, two):
+        assert len({look["color"] for look in found.values()}) == len({look["marker"] for look in found.values()}) == 3
+
+
+def test_crossings_by_hand() -> None:
+    line = crossing.slower(by_link())["speculative"]
+    assert [x for x, _ in line] == [4.0, 16.0] and [y for _, y in line] == pytest.approx([10.0, -10.0])
+    assert crossing.crossings(line) == pytest.approx([8.0])  # half-way on a logarithmic scale
+    assert crossing.verdict("it", line) == "it loses below 8 GB/s (up to 10 %)"
+    assert crossing.verdict("it", [(4.0, 0.4), (16.0, -3.0)]) == "it never loses more than 0.5 %"
+    assert crossing.verdict("it", [(4.0, 2.0), (16.0, 3.0)]) == "it always loses (up to 3 %)"
+    assert crossing.verdict("it", [(4.0, -2.0), (16.0, 3.0)]).startswith("it loses above ")
+
+
+def cell(policy: str, measured: float, simulated: float, link: float = 0.1) -> dict[str, Any]:
+    return {"policy": policy, "bits": 4, "slots": 4, "link_gb_s": link, "repeat_spread": 0.02,
+            "measured": {"tpot_s": measured}, "simulated": {"tpot_s": simulated}}  # fmt: skip
+
+
+def test_order_and_the_worst_cell_by_hand() -> None:
+    right = [cell("a", 1.0, 1.1), cell("b", 2.0, 1.9)]
+    wrong = [cell("a", 1.0, 1.2, 0.2), cell("b", 1.05, 1.1, 0.2)]
+    assert list(order.groups([*right, *wrong, cell("a", 1.0, 1.0, 0.3)]).values()) == [right, wrong]
+    assert order.swapped(right) == [] and order.regret(right) == 0.0
+    assert order.swapped(wrong) == [("a", "b", pytest.approx(0.05), 0.02)]
+    assert order.regret(wrong) == pytest.approx(0.05)
+    assert "20.0 % at most: a, 0.2 GB/s" in validation.finding([*right, *wrong])
+    assert validation.height([cell("a", 1.0, 1.0)] * 40) > validation.height(right) == validation.SIZE[1]
+
+
+def test_the_ladder_goes_from_the_released_rung_to_the_fastest() -> None:
+    rungs = SHOWN["ladder"][0]
+    assert [r["policy"] for r in sorted([rungs[2], *rungs[:2]], key=ladder.order)] == RUNGS
+    text = ladder.finding(rungs, rungs[-1])
+    assert text.startswith("speculative makes 100 % more tokens/s than as released; 50 % of the time")
+
+
+def test_a_picture_in_memory_is_shown_by_a_notebook() -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the plots extra")
+    found = plot.picture("stalls", [result(), result("on_demand"), result(bits=2)], ["bits=4"])
+    assert found._repr_png_().startswith(b"\x89PNG") and repr(found).startswith("2 points. SIMULATED")
+    assert found == plot.picture("stalls", SHOWN["stalls"][0])
+    marked = plot.picture("front", SHOWN["front"][0], marks=[1.5])
+    assert marked.images != plot.picture("front", SHOWN["front"][0]).images
+    with pytest.raises(records.PictureError, match="no results to draw"):
+        plot.picture("stalls", [])
+
+
+def test_validations_are_found_among_other_files(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text('{"runs": []}')
+    with pytest.raises(records.PictureError, match="no validation in there"):
+        plot.validations(tmp_path)
+    (tmp_path / "b.json").write_text('{"cells": [1]}')
+    assert plot.validations(tmp_path) == [tmp_path / "b.json"]
+    assert VALIDATION in plot.validations(VALIDATION.parent)

@@ -35,12 +35,13 @@ def describe(trace: Trace, cold_sequences: bool = False, replay: str = "visit") 
 
     Shares and probabilities are 0 to 1, divergence is in bits; ``recall[d - 1][l][m - 1]`` is of the first m guesses
     made at layer l for layer l + d. ``lru`` is of the chosen ``replay``, ``belady`` always visit-atomic. Their
-    definitions: ``traces.stats``.
+    definitions: ``traces.stats``. ``layers.use[l][e]`` counts the accesses of every expert, prefill and decode.
     """
     model = trace.model
     depths = stats.depths(trace, cold_sequences)
     reuse = stats.reuse(trace, depths, cold_sequences)
     columns: dict[str, npt.NDArray[Any]] = {
+        "use": stats.use(trace.ids, model.num_experts),
         **stats.balance(trace)._asdict(),
         **{f"repeat_{name}": values for name, values in stats.repeat(trace)._asdict().items()},
         **{f"reuse_{name}": values for name, values in reuse._asdict().items()},

@@ -26,24 +26,29 @@ class PictureError(ValueError):
 
 
 class Drawn(NamedTuple):
-    """``points`` marks were drawn; ``notes`` are sentences for the caption."""
+    """``points`` marks were drawn; ``notes`` are sentences for the caption; ``headline`` is the finding, above it."""
 
     points: int
     notes: list[str]
+    headline: str
 
 
 class Results(NamedTuple):
-    """``runs``: objects of the interface contract; ``cells``: pairs of a validation, with their document's figures."""
+    """``runs``: objects of the interface contract; ``cells``: pairs of a validation, with their document's figures;
+    ``traces``: what traces.inspect says; ``recalls``: what predictors recall at one width."""
 
     runs: list[Record]
     cells: list[Record]
+    traces: list[Record]
+    recalls: list[Record]
 
 
 def read(paths: Iterable[str]) -> Results:
     """All results of the files, each once.
 
-    A file is JSON lines, one JSON document (``runs``, ``baselines`` and ``cells`` are unfolded), or the saved output of
-    a command, whose lines before the documents are passed over. A torn last line is left out and reported.
+    A file is JSON lines, one JSON document (``runs``, ``baselines``, ``cells`` and ``reports`` are unfolded), or the
+    saved output of a command, whose lines before the documents are passed over. A torn last line is left out and
+    reported.
 
     Raises:
         PictureError: a file that cannot be read, a damaged line, or no result in any file.
@@ -51,15 +56,20 @@ def read(paths: Iterable[str]) -> Results:
     names = list(paths)
     runs: dict[str, Record] = {}
     cells: list[Record] = []
+    traces: list[Record] = []
+    recalls: list[Record] = []
     for name in names:
         for document in _documents(name):
             for run in _runs(document):
                 runs[run.get("key") or _identity(run)] = run
             about = {k: v for k, v in document.items() if k != "cells"}
             cells += [cell | {"validation": about} for cell in document.get("cells", ())]
-    if not runs and not cells:
+            recalls += [r for r in document.get("reports", ()) if isinstance(r, dict) and "recall" in r]
+            if "lru" in document and "layers" in document:
+                traces.append(document)
+    if not (runs or cells or traces or recalls):
         raise PictureError(f"{', '.join(names)}: no results in there; name what sim.run, sim.sweep or validation wrote")
-    return Results(list(runs.values()), cells)
+    return Results(list(runs.values()), cells, traces, recalls)
 
 
 def _documents(name: str) -> list[Record]:
@@ -199,6 +209,17 @@ def comparable(runs: list[Record], varies: Sequence[str]) -> None:
                 f"the results mix {len(values)} values of {key} ({some}), which this picture cannot show; choose one "
                 f"with --where {key}={values[0]}"
             )
+
+
+def single(results: list[Record], what: str) -> Record:
+    """The only result.
+
+    Raises:
+        PictureError: several.
+    """
+    if len(results) > 1:
+        raise PictureError(f"this picture shows one {what}, the results hold {len(results)}; name one, or use --where")
+    return results[0]
 
 
 def needs_variation(runs: list[Record], key: str, of: Callable[[Record], Any]) -> list[Any]:

@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Colours that stay apart in every common form of colour blindness (Okabe and Ito 2008); markers and dashes repeat it.
-COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
-DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: Final = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
+# What a policy or predictor looks like in every picture: its place in the three lists above.
+OWN: Final = {
+    "on_demand": 0, "next_layer": 1, "speculative": 2, "mixtral_offloading_paper": 3,
+    "mixtral_offloading_no_write_back": 4, "mixtral_offloading_copy_stream": 5, "mixtral_offloading": 6,
+    "router": 0, "transition": 1, "aligned": 2, "mlp": 3, "router_mean": 4, "router_norm": 5, "previous_token": 6,
+    "popularity": 7,
+}  # fmt: skip
 GREY: Final = "0.45"
 FLOOR: Final = "0.88"
 RC: Final[dict[str, Any]] = {
@@ -34,17 +41,29 @@ MEANING: Final = {
 }
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of x at integers only."""
+def whole_numbers(axes: Axes, which: str = "x") -> None:
+    """Ticks of x (or y) at integers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    (axes.xaxis if which == "x" else axes.yaxis).set_major_locator(MaxNLocator(integer=True))
 
 
 def look(number: int) -> dict[str, Any]:
     """Colour, marker and dashes of the n-th line."""
     i = number % len(COLOURS)
     return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 4.5}
+
+
+def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes by label: a policy or predictor keeps its own, others get what is left, in order."""
+    names = list(labels)
+    places: dict[str, int] = {}
+    for name in names:
+        own = OWN.get(name.partition(":")[0])
+        if own is not None and own not in places.values():
+            places[name] = own
+    left = iter([i for i in range(len(COLOURS)) if i not in places.values()])
+    return {name: look(places[name] if name in places else next(left, 0)) for name in names}
 
 
 def values(records: Iterable[Record], key: str) -> str:
@@ -64,8 +83,44 @@ def caption(runs: list[Record]) -> str:
         f"{evidence}; {routing}, {values(runs, 'decode_tokens')} decode tokens. Model {values(runs, 'model')}{depth}, "
         f"{values(runs, 'bits')}-bit experts, machine {values(runs, 'machine')}"
     )
-    changed = sorted({change for r in runs for change in r.get("set") or ()})
+    changed = changes(runs)
     return text + (f" with {', '.join(changed)}" if changed else "") + "."
+
+
+def changes(runs: list[Record]) -> list[str]:
+    """What runs changed of machine and model; of a key with more than two values the least and the most."""
+    found: dict[str, set[str]] = {}
+    for item in {change for r in runs for change in r.get("set") or ()}:
+        key, _, value = item.partition("=")
+        found.setdefault(key, set()).add(value)
+    texts = []
+    for key in sorted(found):
+        try:
+            ordered = sorted(found[key], key=float)
+        except ValueError:
+            ordered = sorted(found[key])
+        texts += [f"{key}={v}" for v in ordered] if len(ordered) < 3 else [f"{key}={ordered[0]} to {ordered[-1]}"]
+    return texts
+
+
+def trace_caption(traces: list[Record]) -> str:
+    """Routing, model and tokens of traces; hits and shares are counted on them."""
+    told = []
+    for trace in traces:
+        model, tokens = trace["model"], trace["tokens"]
+        told.append(
+            f"MEASURED (counted) on {trace['routing']} routing of {model['name']}: {model['num_layers']} MoE layers x "
+            f"{model['num_experts']} experts, top-{model['top_k']}, {tokens['decode']:,} decode and "
+            f"{tokens['prefill']:,} prefill tokens in {trace['sequences']:,} sequences."
+        )
+    return " ".join(told)
+
+
+def recall_caption(recalls: list[Record]) -> str:
+    """Evidence, tokens and widths of recalls, in one sentence."""
+    widths = values(recalls, "bits")
+    tokens = ", ".join(f"{n:,}" for n in sorted({r["tokens"] for r in recalls}))
+    return f"{values(recalls, 'evidence')}, {tokens} tokens" + (f", {widths}-bit experts" if widths else "") + "."
 
 
 def vram(runs: list[Record]) -> str:

@@ -40,7 +40,8 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
         )
     budget: Callable[[Record], float] = (lambda r: float(r["landing_slots"])) if by_slots else gb_per_token
     above, below = figure.subplots(2, 1, sharex=True)
-    notes, points = [], 0
+    notes: list[str] = []
+    points = 0
     for number, name in enumerate(names):
         group = [r for r in runs if policy_name(r) == name]
         line = best_by(group, budget)
@@ -60,7 +61,7 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     if high - low < LEAST_SPAN * high:  # or differences of nothing fill the picture
         above.set_ylim((low + high) / 2 - LEAST_SPAN * high / 2, (low + high) / 2 + LEAST_SPAN * high / 2)
     loses(above, without_prefetch(runs, budget))
-    above.set(title="Where prefetching starts to hurt", ylabel="time per output token (ms)")
+    above.set(ylabel="time per output token (ms)")
     below.set(ylabel="share of loads", ylim=(0, 1.03))
     below.set_xlabel("landing slots (experts)" if by_slots else "copied to the device per token (GB)")
     if by_slots:
@@ -68,9 +69,10 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    said = notes[0].rstrip(".")
     notes.append(vram(runs))
     notes.append("Precision: share of prefetched loads that were used; coverage: share of would-be misses removed.")
-    return Drawn(points, notes)
+    return Drawn(points, notes, f"Where prefetching starts to hurt: {said}")
 
 
 def without_prefetch(runs: list[Record], budget: Callable[[Record], float]) -> dict[float, float]:

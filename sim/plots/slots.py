@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sim.plots._records import Drawn, Record, best_by, get, needs_variation, series
-from sim.plots._style import FLOOR, GREY, look, whole_numbers
+from sim.plots._records import Drawn, Record, best_by, get, needs_variation, policy_name, series
+from sim.plots._style import FLOOR, GREY, looks, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +33,14 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     floors = [min(get(r, "bounds.joint_floor_s") for r in runs if r["slots"] == n) * 1e3 for n in slots]
     axes.fill_between(slots, floors, label="below the joint floor: no schedule is faster", color=FLOOR, lw=0)
     points = 0
-    for number, (name, group) in enumerate(lines.items()):
+    style = looks(lines)
+    for name, group in lines.items():
         best = best_by(group, lambda r: r["slots"])
-        axes.plot(list(best), [r["tpot_s"] * 1e3 for r in best.values()], label=name, **look(number))
+        axes.plot(list(best), [r["tpot_s"] * 1e3 for r in best.values()], label=name, **style[name])
         points += len(best)
     name, group = list(lines.items())[-1]
     shown = references(axes, group, "on_demand" not in lines)
     axes.set(xlabel="cache slots per layer (experts)", ylabel="time per output token (ms)", ylim=(0, None))
-    axes.set_title("Time per token against cache size")
     whole_numbers(axes)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper")
@@ -49,7 +49,11 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     unequal = max((max(of) - min(of) for of in sizes.values() if of), default=0.0)
     if unequal > 0.001:
         notes.append(f"VRAM at equal slots is not equal: it differs by up to {unequal:.2g} GB.")
-    return Drawn(points, [*notes, "Each policy with its fastest parameters at each size."] if folded else notes)
+    if folded:
+        notes.append("Each policy with its fastest parameters at each size.")
+    ends = [min((r for r in runs if r["slots"] == n), key=lambda r: r["tpot_s"]) for n in (slots[0], slots[-1])]
+    first, last = (f"{r['tpot_s'] * 1e3:.1f} ms with {r['slots']} slots ({policy_name(r)})" for r in ends)
+    return Drawn(points, notes, f"Time per token falls from {first} to {last}, the fastest at each size")
 
 
 def references(axes: Axes, group: list[Record], on_demand: bool) -> bool:

@@ -60,10 +60,13 @@ def draw(figure: Figure, runs: list[Record]) -> Drawn:
     for row, name in enumerate(names):
         text = f"{bars[name]['tpot_s'] * 1e3:.1f} ms, {bars[name]['tokens_per_s']:.1f} tokens/s"
         axes.annotate(text, (left[row], row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set(xlabel="time per output token (ms)", title="Where the time of a token goes", xlim=(0, max(left) * 1.4))
+    axes.set(xlabel="time per output token (ms)", xlim=(0, max(left) * 1.4))
     axes.tick_params(axis="y", length=0)
     handles, labels = axes.get_legend_handles_labels()
     ordered = sorted(zip(labels, handles, strict=True), key=lambda item: item[0].startswith("joint"))
-    figure.legend([h for _, h in ordered], [n for n, _ in ordered], loc="outside upper left", ncols=3)
+    figure.legend([h for _, h in ordered], [n for n, _ in ordered], loc="outside lower left", ncols=3)
+    best = bars[names[0]]
+    waits = 100 * sum(parts_ms(best)[2:]) / sum(parts_ms(best))
+    headline = f"Where the time of a token goes: the fastest, {names[0]}, waits {waits:.0f} % of it for experts"
     notes.append(f"{runs[0]['slots']} cache slots a layer. {vram(list(bars.values()))}")
-    return Drawn(len(names), notes)
+    return Drawn(len(names), notes, headline)

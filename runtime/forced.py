@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime import family, kernels
+from runtime.budget import without_experts
 from runtime.devices import Device, Slots
 from runtime.executor import Executor, check_options, gates_of
 from runtime.experts import SlotExperts
-from runtime.family import ExpertWeights, Family
+from runtime.family import ExpertWeights
 from runtime.lookahead import NUM_GUESSES, Gates
 from runtime.observe import Spans
-from runtime.quantize import ExpertLayout, pack, views
+from runtime.quantize import ExpertLayout, pack
 from runtime.skeleton import moe_blocks, skeleton, spec_of_skeleton
 from runtime.store import HostStore, check_memory, layouts_of
 from sim.ledger import Counts, Ledger, LoadLog
@@ -89,14 +89,22 @@ class Dense:
 
     Attributes:
         model, spec: the transformers model and its shape.
-        gated: its experts' gated activation.
-        activation: its name for the kernels; None where they have not got it.
+        experts: what stood where an engine's experts stand, one a block; they say how experts are gated.
     """
 
     model: torch.nn.Module
     spec: ModelSpec
-    gated: family.Gated
-    activation: str | None
+    experts: list[torch.nn.Module]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def restore(self) -> None:
+        """Put back what an engine replaced."""
+        for found, experts in zip(moe_blocks(self.model), self.experts, strict=True):
+            found.block.experts = experts
 
 
 @torch.no_grad()
@@ -112,16 +120,12 @@ def dense(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
         raise ForcedError(f"shape {name!r} is unknown; choose one of {', '.join(SHAPES)}")
     model = skeleton(AutoConfig.for_model(SHAPES[name].model_type, **SHAPES[name].changes), dtype)
     spec = spec_of_skeleton(model, name)
-    blocks = moe_blocks(model)
-    experts = blocks[0].experts
-    usual = type(family.of(model.config.model_type)).gated is Family.gated and not experts.has_bias
-    gated = blocks[0].gated
-    for block in blocks:
-        block.block.experts = torch.nn.Module()
+    experts = [found.experts for found in moe_blocks(model)]
+    kept = {id(p) for module in experts for p in module.parameters()}
     generator = torch.Generator(device=device).manual_seed(seed)
     for path, module in model.named_modules():
         for leaf, parameter in list(module._parameters.items()):
-            if parameter is None or not parameter.is_meta:
+            if parameter is None or id(parameter) in kept:
                 continue
             tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             if "norm" in path.rpartition(".")[2]:
@@ -130,8 +134,9 @@ def dense(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
                 tensor.normal_(0.0, _SCALE, generator=generator)
             module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
     model.tie_weights()
-    model.to(device).eval()
-    return Dense(model, spec, gated, kernels.activation(experts.act_fn) if usual else None)
+    with without_experts(model):
+        model.to(device).eval()
+    return Dense(model, spec, experts)
 
 
 def random_store(spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed: int = 0) -> HostStore:
@@ -329,26 +334,6 @@ class Routing:
 # --- engine -------------------------------------------------------------------------------------------------------
 
 
-class KernelExperts(SlotExperts):
-    """Experts computed straight from their codes by the Triton kernels.
-
-    Codes are read row by row (`runtime.repack`): random ones are as good in that order as in HQQ's.
-    """
-
-    def __init__(self, pool: Slots, layouts: Sequence[ExpertLayout], activation: str) -> None:
-        self._pool = pool
-        self._layouts = list(layouts)
-        self._activation = activation
-        self._views = {}
-
-    def _forward(self, layer: int, slot: int, x: torch.Tensor) -> torch.Tensor:
-        layout = self._layouts[layer]
-        key = (slot, self._layouts.index(layout))
-        if key not in self._views:
-            self._views[key] = views(self._pool.row(slot)[: layout.expert_bytes], layout)
-        return kernels.forward(self._views[key], x, self._activation, "rows")
-
-
 class Held:
     """A device that holds the store already, so that engines made one after the other do not page-lock it again."""
 
@@ -417,7 +402,6 @@ class ForcedEngine:
         dense: the model.
         bits: of its experts, 8, 4, 3 or 2.
         device: where it runs.
-        use_kernels: compute by the Triton kernels where they can, else dequantize and multiply; None: on a GPU.
         compiled: as `Executor`.
         group_size, seed: of `random_store`.
 
@@ -431,15 +415,12 @@ class ForcedEngine:
         bits: int,
         device: Device,
         *,
-        use_kernels: bool | None = None,
         compiled: bool = True,
         group_size: int = GROUP_SIZE,
         seed: int = 0,
     ) -> None:
         self.dense, self.bits, self.device = dense, bits, device
         self.compiled = compiled
-        wanted = device.torch_device.type == "cuda" if use_kernels is None else use_kernels
-        self.by_kernels = wanted and dense.activation is not None and kernels.available()
         self._ends = ExitStack()
         self.store = random_store(dense.spec, bits, group_size, seed)
         self._ends.callback(self.store.close)
@@ -453,14 +434,6 @@ class ForcedEngine:
     def spec(self) -> ModelSpec:
         return self.dense.spec
 
-    def experts(self, pool: Slots) -> SlotExperts:
-        """What computes experts from the slots."""
-        if self.by_kernels:
-            assert self.dense.activation is not None
-            return KernelExperts(pool, self.store.layouts, self.dense.activation)
-        dtype = next(p.dtype for p in self.dense.model.parameters() if p.is_floating_point())
-        return SlotExperts(pool, self.store.layouts, self.dense.gated, dtype)  # type: ignore[arg-type]
-
     def run(
         self,
         trace: Trace,
@@ -472,6 +445,7 @@ class ForcedEngine:
         paced: bool = True,
         spans: bool = False,
         wrap: Wrap | None = None,
+        compiled: bool | None = None,
     ) -> Run:
         """Decode along ``trace``.
 
@@ -480,6 +454,7 @@ class ForcedEngine:
             machine: pace of the link (``paced``) and times of the planner's clock.
             spans: keep durations.
             wrap: gives what stands in place of the experts' `SlotExperts`, for checks and for waiting.
+            compiled: in place of the engine's.
 
         Raises:
             ForcedError: a trace of another shape, of sequences that decode together, or with nothing left to measure.
@@ -494,10 +469,7 @@ class ForcedEngine:
         gates = gates_of(self.dense.model, self.spec, options)
         routing = Routing(trace, options.lookahead, place, gates)
         text = io.StringIO()
-
-        def experts(pool: Slots) -> Any:
-            return self.experts(pool) if wrap is None else wrap(self.experts(pool), pool)
-
+        self.dense.restore()
         with ForcedExecutor(
             self.dense.model,
             self.spec,
@@ -508,10 +480,11 @@ class ForcedEngine:
             options=options,
             machine=machine,
             gates=routing if gates is not None else None,
-            compiled=self.compiled,
-            experts=experts,
+            compiled=self.compiled if compiled is None else compiled,
             paced=paced,
         ) as executor:
+            if wrap is not None:
+                executor.experts = wrap(executor.experts, executor.pool)
             executor.routing = routing
             executor.ledger.log = LoadLog(text)
             counts = executor.ledger.phases[DECODE]

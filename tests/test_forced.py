@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from functools import cache
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -85,7 +85,9 @@ def test_a_slot_with_foreign_bytes_is_found(engine) -> None:
             return super().compute(layer, expert, slot, *where)
 
     with pytest.raises(ForcedError, match=r"slot \d+ does not hold the bytes of expert \d+ of layer 0"):
-        engine.run(trace, options("on_demand"), engine.spec.top_k, MACHINE, wrap=lambda e, pool: Spoiled(e, pool, engine.store))
+        engine.run(
+            trace, options("on_demand"), engine.spec.top_k, MACHINE, wrap=lambda e, pool: Spoiled(e, pool, engine.store)
+        )
     assert torch.equal(engine.store.row(0), row)
 
 

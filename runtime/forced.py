@@ -27,10 +27,9 @@ from runtime.budget import without_experts
 from runtime.devices import Device, Slots
 from runtime.executor import Executor, check_options, gates_of
 from runtime.experts import SlotExperts
-from runtime.family import ExpertWeights
 from runtime.lookahead import NUM_GUESSES, Gates
 from runtime.observe import Spans
-from runtime.quantize import ExpertLayout, pack
+from runtime.quantize import ExpertLayout, pack, views
 from runtime.skeleton import moe_blocks, skeleton, spec_of_skeleton
 from runtime.store import HostStore, check_memory, layouts_of
 from sim.ledger import Counts, Ledger, LoadLog
@@ -44,6 +43,7 @@ GUESSES = "forced"  # the one predictor of a forced trace
 PERFECT = "perfect"  # guesses that are the routing itself
 DISTANCES = 4
 _BLOCK = 1 << 20  # words filled at a time
+_QUANTIZED = 512  # widths of the expert that is really quantized, for its scales
 _SCALE = 0.02  # of random dense weights, as models are initialised
 
 
@@ -140,7 +140,7 @@ def dense(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
 
 
 def random_store(spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed: int = 0) -> HostStore:
-    """Every expert of a model with codes of its own: one is quantized, the others get its scales and random codes.
+    """Every expert of a model with random codes of its own, and the scales of weights that were really quantized.
 
     Raises:
         ForcedError: 16 bits, which have no codes.
@@ -160,18 +160,8 @@ def random_store(spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed:
 
 
 def fill(rows: Any, layout: ExpertLayout, seed: int = 0) -> None:
-    """Random codes, scales of a quantized normal expert, in every row of ``rows`` (a host store or `ExpertRows`)."""
-    generator = torch.Generator().manual_seed(seed)
-    inner, hidden = layout.expert_size, layout.hidden_size
-    few = min(hidden * inner, 1 << 22)  # weights that are really quantized; their scales stand for all others
-
-    def matrix(rows_: int, columns: int) -> torch.Tensor:
-        drawn = torch.randn(few, generator=generator) * hidden**-0.5
-        return drawn.repeat(-(-rows_ * columns // few))[: rows_ * columns].view(rows_, columns)
-
-    biases = torch.randn(layout.biases, generator=generator) * _SCALE if layout.biases else None
-    weights = ExpertWeights(matrix(inner, hidden), matrix(inner, hidden), matrix(hidden, inner), biases)
-    template = _template(weights, layout)
+    """Random codes, and scales of quantized normal weights, in every row of ``rows`` (a host store or `ExpertRows`)."""
+    template = _template(layout, seed)
     mask = np.uint64(0x3FFFFFFF3FFFFFFF if layout.bits == 3 else 0xFFFFFFFFFFFFFFFF)  # ten values of three bits a word
 
     def one(index: int) -> None:
@@ -189,9 +179,21 @@ def fill(rows: Any, layout: ExpertLayout, seed: int = 0) -> None:
         list(pool.map(one, range(rows.count)))
 
 
-def _template(weights: ExpertWeights, layout: ExpertLayout) -> npt.NDArray[np.uint8]:
-    """One expert, rounded to the nearest code."""
-    return pack(weights.gate, weights.up, weights.down, layout, optimize=False, biases=weights.biases).numpy()
+def _template(layout: ExpertLayout, seed: int) -> npt.NDArray[np.uint8]:
+    """An expert's bytes without codes: scales and zeros of a small quantized expert, again and again, and biases."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, hidden = (min(_QUANTIZED, size) for size in (layout.expert_size, layout.hidden_size))
+    small = replace(layout, hidden_size=hidden, expert_size=inner, biases=0)
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    matrices = [torch.randn(shape, generator=generator) * layout.hidden_size**-0.5 for shape in shapes]
+    found = views(pack(*matrices, small, optimize=False), small)
+    buffer = torch.zeros(layout.expert_bytes, dtype=torch.uint8)
+    whole = views(buffer, layout)
+    for target, source in ((whole.scale, found.scale), (whole.zero, found.zero)):
+        flat, count = source.flatten(), target.numel()
+        target.view(-1).copy_(flat.repeat(-(-count // len(flat)))[:count])
+    whole.biases.copy_(torch.randn(layout.biases, generator=generator) * _SCALE)
+    return buffer.numpy()
 
 
 # --- routing ------------------------------------------------------------------------------------------------------
@@ -368,6 +370,7 @@ class Run:
     Attributes:
         trace, options, slots, machine: its setting; ``first``: decode passes that were not measured.
         ledger: of all passes; ``counts``: of the measured ones.
+        copied: experts' worth of bytes that went over the link in the measured passes, retracted ones' part included.
         log: the whole load log.
         spans: durations of the measured passes, where they were asked for.
         planner: class that decided.
@@ -380,6 +383,7 @@ class Run:
     first: int
     ledger: Ledger
     counts: Counts
+    copied: float
     log: str
     spans: Spans | None
     planner: str
@@ -488,17 +492,26 @@ class ForcedEngine:
             executor.routing = routing
             executor.ledger.log = LoadLog(text)
             counts = executor.ledger.phases[DECODE]
-            before = replace(counts)
+            before, copied = replace(counts), 0
             for passed in self._passes(executor, trace):
                 if passed == first:
-                    before = replace(counts)
+                    before, copied = replace(counts), _copied(executor)
                     executor.spans = Spans() if spans else None
             found = executor.finish()
             after = {k: getattr(counts, k) - getattr(before, k) for k in Counts.__slots__}  # type: ignore[attr-defined]
             return Run(
-                trace, options, slots, machine, first, found, Counts(**after), text.getvalue(), executor.spans,
+                trace,
+                options,
+                slots,
+                machine,
+                first,
+                found,
+                Counts(**after),
+                (_copied(executor) - copied) / self.store.expert_bytes,
+                text.getvalue(),
+                executor.spans,
                 type(executor.planner).__name__,
-            )  # fmt: skip
+            )
 
     @torch.inference_mode()
     def _passes(self, executor: ForcedExecutor, trace: Trace) -> Iterator[int]:
@@ -526,6 +539,12 @@ class ForcedEngine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _copied(executor: Executor) -> int:
+    """Bytes the copier was given so far."""
+    stats = executor.copier.stats()
+    return stats.demand_bytes + stats.prefetch_bytes
 
 
 class Checked:

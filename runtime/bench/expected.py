@@ -42,7 +42,7 @@ def expect(name: str, trace_file: Path | None = None) -> dict[str, Any]:
     judged = targets.judged({k: {p: c for p, c in v.items() if "tpot_s" in c} for k, v in groups.items()}, (4, 3, 2))
     print("\n".join(targets.lines(judged)))
     label = "SIMULATED" if machine.evidence.startswith("MEASURED") else "ESTIMATED"
-    about = {"machine": machine.name, "evidence": label, "routing": source.routing, "tokens": FULL.most}
+    about = {"machine": machine.name, "evidence": label, "routing": trace.routing, "tokens": FULL.most}
     return about | {"cells": cells, "targets": [t._asdict() for t in judged]}
 
 
@@ -50,8 +50,8 @@ def told(cell: dict[str, Any]) -> str:
     """A cell in words."""
     if "error" in cell:
         return str(cell["error"])
-    lru = cell["loads"] / max(1, cell["lru_loads"])
-    return f"{cell['tpot_s'] * 1e3:8.2f} ms a token, loads {lru:.2f} of LRU's"
+    lru = cell["copied"] / max(1, cell["lru_loads"])
+    return f"{cell['tpot_s'] * 1e3:8.2f} ms a token, copied {lru:.2f} of LRU's loads"
 
 
 def simulated(
@@ -59,7 +59,7 @@ def simulated(
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Figures by policy as part `forced` would find them, and a line about the group."""
     spec, bits = trace.model, block.bits
-    runs = comparable([a.policy for a in group.asked])
+    runs = comparable([a.policy for a in group.asked if not a.guesses])
     demand = comparable([*[a.policy for a in group.asked], "on_demand"])[-1]
     resident_s = resident(machine, trace, bits)
     if group.link == "own":
@@ -70,14 +70,14 @@ def simulated(
             at_one = forced_profile.paced(machine, 1.0)
             pace = link_floor_s(trace, at_one, spec, bits, SLOTS, demand) / (BALANCE[group.link] * resident_s)
         linked = forced_profile.paced(machine, pace)
-    lru = predict(trace, linked, spec, bits, SLOTS, demand, FULL.warm)["loads"]
+    lru = predict(trace, linked, spec, bits, SLOTS, demand, FULL.warm)["copied"]
     found = {}
     for run in runs:
         cell = predict(trace, linked, spec, bits, SLOTS, run, FULL.warm)
         cell.pop("log", None)
         if "tpot_s" in cell:
             cell |= {"lru_loads": lru, "resident_tpot_s": resident_s}
-            cell["own_loads_s"] = cell["loads"] * load_s(linked, spec, bits, run) / FULL.most
+            cell["own_loads_s"] = cell["copied"] * load_s(linked, spec, bits, run) / FULL.most
         found[run.text] = cell
     own = machine.link.h2d_gb_s
     beyond = ", beyond the link's own" if linked.link.h2d_gb_s > own else ""

@@ -32,7 +32,7 @@ from sim.machine import HardwareProfile, machine_from
 from sim.planner import group_sizes
 from sim.spec import Options, comparable
 from sim.timing import Timing, copy_ns
-from traces import ModelSpec, Trace
+from traces import DECODE, ModelSpec, Trace
 from traces.presets import PRESETS, Statistics, repeating
 from traces.synthesize import synthesize
 
@@ -109,7 +109,7 @@ def asked(*policies: str) -> tuple[Asked, ...]:
     return tuple(Asked(policy) for policy in policies)
 
 
-ALL = asked(*REPAIRED, *OURS, *SPLIT, RELEASED, *OTHERS)
+ALL = (*asked(*REPAIRED, *OURS, *SPLIT, RELEASED, *OTHERS), Asked("speculative", forced.PERFECT))
 CORE = asked(REPAIRED[1], REPAIRED[2], OURS[0], OURS[2], SPLIT[0], RELEASED)
 BALANCED = asked(*REPAIRED, *OURS)
 LADDER = (
@@ -128,16 +128,14 @@ def blocks(smoke: bool) -> list[Block]:
             Block("gpt-oss-toy", 4, 0.3, (Group(4, "gen4", asked("on_demand", "speculative")),)),
         ]
     targets = (Group(4, "gen4", ALL), Group(4, "balance3", BALANCED), Group(4, "balance1", BALANCED))
-    own = Group(4, "own", ALL)
-    perfect = (Asked("speculative", forced.PERFECT), Asked("speculative:guard=0", forced.PERFECT))
     more = (
-        Group(4, "gen4", perfect), Group(4, "gen4", LADDER, "demo-ladder"), Group(2, "gen4", CORE),
-        Group(6, "gen4", CORE), Group(4, "gen3", CORE),
+        Group(4, "own", CORE), Group(4, "gen4", LADDER, "demo-ladder"), Group(6, "gen4", CORE), Group(2, "gen4", CORE),
+        Group(4, "gen3", CORE),
     )  # fmt: skip
     quick = (Group(4, "gen4", asked(*REPAIRED, *OURS, *SPLIT, RELEASED)), *targets[1:], Group(4, "own", CORE))
     small = (Group(16, "gen4", CORE), Group(8, "gen4", CORE), Group(16, "own", CORE), Group(24, "gen4", CORE))
     return [
-        Block("mixtral-8x7b", 4, 0.42, (*targets, own, *more)),
+        Block("mixtral-8x7b", 4, 0.42, (*targets, *more)),
         Block("mixtral-8x7b", 3, 0.19, quick),
         Block("mixtral-8x7b", 2, 0.17, quick),
         Block("gpt-oss-20b", 4, 0.14, small),
@@ -166,8 +164,9 @@ def run(book: Book, device: Device, smoke: bool, ready: planners.Ready, trace_fi
 
 
 def policies_of(found: list[Block]) -> list[str]:
-    """Every policy of the blocks, once."""
-    return list(dict.fromkeys(a.policy for block in found for group in block.groups for a in group.asked))
+    """Every policy of the blocks, once, and that of the profile."""
+    asked_for = [a.policy for block in found for group in block.groups for a in group.asked]
+    return list(dict.fromkeys([*asked_for, forced_profile.ALWAYS]))
 
 
 @cache
@@ -251,7 +250,8 @@ class Work:
         pace = math.inf if self.device.name == "cuda" else TOY_PACES_GB_S["own"]
 
         def profile() -> dict[str, Any]:
-            found = forced_profile.measure(engine, trace, f"forced-{self.device.name}", pace, self.size.loads)
+            compiled = self.ready.is_compiled(forced_profile.ALWAYS)
+            found = forced_profile.measure(engine, trace, f"forced-{self.device.name}", pace, self.size.loads, compiled)
             machine = found.pop("machine")
             machine, host = forced_profile.with_host(machine, engine, pace == math.inf)
             return found | {"machine": machine.to_json(), "host": host}
@@ -377,22 +377,17 @@ def predict(
     log = io.StringIO()
     try:
         ledger = replay(Setting(trace, machine, spec, bits, slots, run), log)
+        copied = ledger.phases[DECODE].h2d_bytes
+        if first:
+            before = replay(Setting(trace.head(first), machine, spec, bits, slots, run))
+            copied -= before.phases[DECODE].h2d_bytes
     except Exception as error:  # a prediction that fails must not cost the measurement; it is kept in the cell
         return {"error": f"{type(error).__name__}: {error}"}
     return {
         "tpot_s": float(np.mean(ledger.decode_ns[first:])) / 1e9,
-        "loads": loads_in(log.getvalue(), first * spec.num_layers),
+        "copied": copied / spec.expert_bytes(bits),
         "log": log.getvalue(),
     }
-
-
-def loads_in(log: str, first_visit: int) -> int:
-    """Loads of a log from a visit on, retractions left out."""
-    count = 0
-    for line in log.splitlines():
-        visit = int(line[len('{"visit": ') : line.index(",")])
-        count += visit >= first_visit and '"kind": "retract"' not in line
-    return count
 
 
 def link_floor_s(
@@ -410,7 +405,7 @@ def lru_loads(
     trace: Trace, machine: HardwareProfile, engine: ForcedEngine, slots: int, run: Options, first: int
 ) -> int:
     """Loads of on-demand LRU with as many slots in all."""
-    return int(predict(trace, machine, engine.spec, engine.bits, slots, run, first).get("loads", 0))
+    return round(predict(trace, machine, engine.spec, engine.bits, slots, run, first).get("copied", 0))
 
 
 def figures(run: Run, engine: ForcedEngine, predicted: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
@@ -439,8 +434,9 @@ def figures(run: Run, engine: ForcedEngine, predicted: dict[str, Any], about: di
         "itl_p99_s": float(np.quantile(times, 0.99)),
         "halves_s": [float(times[:half].mean()), float(times[half:].mean())],
         "loads": run.loads,
-        "loads_of_lru": run.loads / about["lru_loads"] if about["lru_loads"] else None,
-        "own_loads_s": run.loads * load_s / len(times),
+        "copied": run.copied,
+        "copied_of_lru": run.copied / about["lru_loads"] if about["lru_loads"] else None,
+        "own_loads_s": run.copied * load_s / len(times),
         "link_floor_s": floor_s,
         "joint_floor_s": joint_s,
         "floor_share": joint_s / run.tpot_s if joint_s else None,
@@ -454,7 +450,7 @@ def figures(run: Run, engine: ForcedEngine, predicted: dict[str, Any], about: di
         "planner": run.planner,
         "simulated_tpot_s": simulated_s,
         "simulated_error": simulated_s / run.tpot_s - 1 if simulated_s else predicted.get("error"),
-        "simulated_loads": predicted.get("loads"),
+        "simulated_copied": predicted.get("copied"),
         "load_log_equal": divergence is None if "log" in predicted else None,
         "first_divergence": divergence,
     }  # fmt: skip
@@ -466,7 +462,7 @@ def told(row: dict[str, Any]) -> str:
     simulated = f"simulated {100 * error:+.1f} %" if isinstance(error, float) else f"not simulated ({error})"
     floor = "" if row["floor_share"] is None else f", floor share {row['floor_share']:.2f}"
     equal = {True: "logs equal", False: "LOGS DIFFER", None: "logs not compared"}[row["load_log_equal"]]
-    of_lru = "" if row["loads_of_lru"] is None else f" ({row['loads_of_lru']:.2f} of LRU's)"
+    of_lru = "" if row["copied_of_lru"] is None else f" ({row['copied_of_lru']:.2f} of LRU's bytes)"
     return (
         f"{row['tpot_s'] * 1e3:.2f} ms a token, {simulated}{floor}, link busy {row['link_busy']:.2f}, "
         f"{row['loads']} loads{of_lru}, {equal}"

@@ -1,7 +1,7 @@
 """A profile of the device for one forced shape: what the simulator is told before it predicts the cells.
 
-Nothing of it comes from a cell that is predicted: experts, dense part, head and planning are taken from runs with all
-experts resident, the link from bursts of the engine's own copier.
+Experts, dense part and head are taken from runs with all experts resident, planning from two short runs at half of
+the slots, the link from bursts of the engine's own copier: no time of a cell that is predicted goes into it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def write_back_s(device: Device, store: Any, slots: Any, pace: float) -> float:
     return min(found)
 
 
-def measure(engine: ForcedEngine, trace: Trace, name: str, pace: float = math.inf, loads: int = 24) -> dict[str, Any]:
+def measure(
+    engine: ForcedEngine, trace: Trace, name: str, pace: float = math.inf, loads: int = 24, compiled: bool = False
+) -> dict[str, Any]:
     """The profile, and TPOT with every expert resident.
 
     Experts are timed one by one, each waited for, since a GPU computes beside the host. What the pieces come to more or
@@ -82,6 +84,8 @@ def measure(engine: ForcedEngine, trace: Trace, name: str, pace: float = math.in
     Args:
         trace: what is decoded along; all experts are loaded before it.
         pace: of the link, where it has no speed of its own.
+        loads: of a burst on the link.
+        compiled: decide with the compiled planner where guesses are looked at.
 
     Returns:
         ``machine``: the `HardwareProfile`; ``resident_tpot_s``; ``pieces``: seconds of each piece.
@@ -100,16 +104,20 @@ def measure(engine: ForcedEngine, trace: Trace, name: str, pace: float = math.in
     waited = engine.run(
         whole, run, spec.num_experts, rough, wrap=lambda experts, pool: Waited(experts, device), **shared
     )
-    looking = engine.run(trace, options(ALWAYS), spec.num_experts, rough, paced=not own_link, spans=True)
-    assert resident.spans and waited.spans and looking.spans
+    half = max(spec.top_k, spec.num_experts // 2)  # planning with loads to hand over takes longer
+    demand, looking = (
+        engine.run(trace, options(policy), half, rough, paced=not own_link, spans=True, compiled=compiled)
+        for policy in ("on_demand", ALWAYS)
+    )
+    assert resident.spans and waited.spans and demand.spans and looking.spans
     tpot_s = float(np.median(resident.ledger.decode_ns[first:])) / 1e9
     expert_s = trimmed_mean([ns / 1e9 for _, ns in waited.spans.expert])
     head_s = trimmed_mean([ns / 1e9 for _, ns in resident.spans.head])
-    host_s = trimmed_mean([ns / 1e9 for _, ns in resident.spans.host])
+    idle_s, host_s = (trimmed_mean([ns / 1e9 for _, ns in r.spans.host]) for r in (resident, demand) if r.spans)
     looking_s = trimmed_mean([ns / 1e9 for _, ns in looking.spans.host])
     gates_s = trimmed_mean([ns / 1e9 for _, ns in looking.spans.gates])
     visit_s = (tpot_s - head_s) / spec.num_layers
-    dense_s = max(1e-7, visit_s - host_s - spec.top_k * expert_s)
+    dense_s = max(1e-7, visit_s - idle_s - spec.top_k * expert_s)
     laws = Operators(
         dense=(dense_s, 0.0, 0.0),
         expert={str(engine.bits): (expert_s, 0.0)},
@@ -124,6 +132,7 @@ def measure(engine: ForcedEngine, trace: Trace, name: str, pace: float = math.in
         "expert_s": expert_s,
         "expert_launch_s": trimmed_mean([ns / 1e9 for _, ns in resident.spans.expert]),
         "head_s": head_s,
+        "host_without_loads_s": idle_s,
         "host_s": host_s,
         "host_looking_s": looking_s,
         "gates_s": gates_s,

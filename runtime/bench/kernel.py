@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
 FULL = Sizes(
     {"mixtral": (4096, 14336), "gpt-oss": (2880, 2880)}, (4, 3, 2, 8, 16), (1, 16, 4, 64, 2, 8, 32), 1 << 30, 20
 )
-SMOKE = Sizes({"mixtral": (64, 128)}, (4, 16), (1, 3), 1 << 16, 2)
+SMOKE = Sizes({"mixtral": (64, 64)}, (4, 16), (1, 3), 1 << 16, 1)
 
 
 def run(book: Book, device: Device, smoke: bool) -> None:
@@ -41,11 +41,12 @@ def run(book: Book, device: Device, smoke: bool) -> None:
     place = device.torch_device
     found = book.cell("kernels/copy", lambda: copy_rate(place, sizes.copy))
     rate = found["gb_s"] if found else None
+    made: dict[ExpertLayout, list[ExpertViews]] = {}
     cells = [(s, b, n) for n in sizes.tokens for s in sizes.shapes for b in sizes.bits]
     for shape, bits, tokens in cells:
         layout = ExpertLayout(*sizes.shapes[shape], bits)
         name = f"kernels/{shape}/{bits}b/{tokens}"
-        row = book.cell(name, lambda x=layout, n=tokens: measure(place, x, n, sizes.repeats, rate), needs_s=2.0)
+        row = book.cell(name, lambda x=layout, n=tokens: measure(place, x, n, sizes.repeats, rate, made), needs_s=2.0)
         if row:
             book.say(f"{name}: {told(row)}")
     aims = {}
@@ -81,15 +82,25 @@ def copy_rate(place: torch.device, size: int) -> dict[str, Any]:
     return {"gb_s": 2 * size / min(seconds(place, lambda: target.copy_(source), 3) for _ in range(5)) / 1e9}
 
 
-def measure(place: torch.device, layout: ExpertLayout, tokens: int, repeats: int, rate: float | None) -> dict[str, Any]:
-    """Seconds of one expert for ``tokens`` by the kernel and by the other way; several experts in turn."""
+def measure(
+    place: torch.device,
+    layout: ExpertLayout,
+    tokens: int,
+    repeats: int,
+    rate: float | None,
+    made: dict[ExpertLayout, list[ExpertViews]],
+) -> dict[str, Any]:
+    """Seconds of one expert for ``tokens`` by the kernel and by the other way; several experts in turn, which are kept
+    in ``made``."""
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, layout.hidden_size, generator=generator).to(place, dtype)
     count = max(2, min(24, -(-ROTATED // layout.expert_bytes))) if place.type == "cuda" else 2
     if layout.bits == 16:
         return dense(place, layout, x, count, repeats)
-    experts = random_experts(place, layout, count)
+    if layout not in made:
+        made[layout] = random_experts(place, layout, count)
+    experts = made[layout]
     workspace = Workspace(layout, dtype, place)
 
     def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

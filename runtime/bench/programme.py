@@ -156,7 +156,7 @@ def summarise(book: Book) -> dict[str, Any]:
             table.append((name, policy, cell))
     if table:
         book.say(
-            f"\n{'cell':78} {'TPOT ms':>8} {'x releas.':>9} {'x repair.':>9} {'floor':>6} {'link':>5} {'loads/LRU':>9} "
+            f"\n{'cell':78} {'TPOT ms':>8} {'x releas.':>9} {'x repair.':>9} {'floor':>6} {'link':>5} {'bytes/LRU':>9} "
             f"{'sim. err':>8}"
         )
     for name, policy, cell in table:
@@ -167,7 +167,7 @@ def summarise(book: Book) -> dict[str, Any]:
             *(f"{_number(cell[k]):>9}" for k in ("over_released", "over_best_repaired")),
             f"{_number(cell['floor_share']):>6}",
             f"{cell['link_busy']:5.2f}",
-            f"{_number(cell['loads_of_lru']):>9}",
+            f"{_number(cell['copied_of_lru']):>9}",
             f"{100 * error:+7.1f}%" if isinstance(error, float) else f"{'-':>8}",
         ]
         book.say(" ".join(words))

@@ -25,8 +25,8 @@ class DeviceLostError(Exception):
 class Book:
     """Cells by name, in a JSON file that is complete after every cell.
 
-    A cell that is done stays; one that was skipped is tried again by the next call, one that failed too unless
-    ``keep_failed``; one that was running when its process ended has failed.
+    A cell that is done stays; one that was running when its process ended has failed; one in a state of ``again`` is
+    forgotten, to be tried again.
 
     Args:
         path: the file; made, or gone on with if ``header`` is the same.
@@ -45,7 +45,7 @@ class Book:
         header: dict[str, Any],
         *,
         refusals: tuple[type[Exception], ...] = (),
-        keep_failed: bool = False,
+        again: tuple[str, ...] = (SKIPPED, REFUSED, FAILED),
         alive: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -62,8 +62,7 @@ class Book:
         for cell in self.cells.values():
             if cell["state"] == RUNNING:
                 cell |= {"state": FAILED, "reason": "its process ended, or was ended because it stood still"}
-        drop = (SKIPPED, REFUSED) if keep_failed else (SKIPPED, REFUSED, FAILED)
-        self.content["cells"] = {n: c for n, c in self.cells.items() if c["state"] not in drop}
+        self.content["cells"] = {n: c for n, c in self.cells.items() if c["state"] not in again}
         self.write()
 
     @property
@@ -112,6 +111,25 @@ class Book:
         elif entry["state"] == REFUSED:
             self._say(f"{name}: refused, {entry['reason']}")
         return self.result(name)
+
+    def guard(self, name: str, work: Callable[[], object]) -> str | None:
+        """Do ``work``, which fills cells; what breaks it between two cells is kept as the failed cell ``name``, and
+        told in a sentence.
+
+        Raises:
+            DeviceLostError: from a cell.
+        """
+        try:
+            work()
+        except DeviceLostError:
+            raise
+        except Exception as error:  # other work goes on; the traceback is kept and the exit code is 1
+            self.failed += 1
+            reason = f"{type(error).__name__}: {error}"
+            self._enter(name, {"state": FAILED, "reason": reason, "traceback": traceback.format_exc()})
+            self._say(f"{name}: FAILED, {reason}".split("\n")[0])
+            return reason
+        return None
 
     def skip(self, name: str, reason: str) -> None:
         """Note why a cell is not measured."""

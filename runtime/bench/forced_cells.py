@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -122,7 +123,11 @@ def blocks(smoke: bool) -> list[Block]:
     """What is measured, the most wanted first."""
     if smoke:
         few = asked(RELEASED, REPAIRED[1], "speculative", "speculative:miss=split")
-        toy = (Group(4, "own", few), Group(4, "balance1", asked("on_demand", "speculative")))
+        toy = (
+            Group(4, "own", few),
+            Group(4, "balance1", asked("on_demand", "speculative")),
+            Group(4, "gen4", LADDER[2:], "demo-ladder"),
+        )
         return [
             Block("mixtral-toy", 4, 0.7, toy),
             Block("gpt-oss-toy", 4, 0.3, (Group(4, "gen4", asked("on_demand", "speculative")),)),
@@ -159,7 +164,8 @@ def run(book: Book, device: Device, smoke: bool, ready: planners.Ready, trace_fi
         if block.shape not in made:
             made.clear()
             empty(device)
-        Work(book, device, size, block, ready, trace_file).all(made)
+        work = Work(book, device, size, block, ready, trace_file)
+        book.guard(f"{block.name}/block", lambda work=work: work.all(made))
     book.deadline = end
 
 
@@ -175,7 +181,9 @@ def source_trace(name: str, shape: str, tokens: int, file: Path | None) -> Trace
     if name != SYNTHETIC:
         return traces.load(LADDER_TRACE)
     if file is not None:
-        return traces.load(file)
+        found = traces.load(file)
+        if (found.model.num_experts, found.model.top_k) == (spec_of(shape).num_experts, spec_of(shape).top_k):
+            return found
     if shape in PRESETS:
         return synthesize(PRESETS[shape].model, PRESETS[shape].statistics, tokens)
     return synthesize(spec_of(shape), STATISTICS[shape], tokens)
@@ -224,9 +232,12 @@ class Work:
             if block.shape not in made:
                 made[block.shape] = forced.dense(block.shape, place, dtype)
             dense_s = time.monotonic() - start
-            engine.append(ForcedEngine(made[block.shape], block.bits, self.device, compiled=False))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                engine.append(ForcedEngine(made[block.shape], block.bits, self.device, compiled=False))
             store = engine[0].store
             built = {"experts": store.count, "expert_bytes": store.expert_bytes, "host_bytes": store.block.nbytes}
+            built["warnings"] = [str(w.message) for w in told if issubclass(w.category, UserWarning)]  # not page-locked
             return built | {"dense_s": dense_s, "store_s": time.monotonic() - start - dense_s}
 
         book.cells.pop(f"{block.name}/build", None)  # what it makes is not kept by the file
@@ -284,7 +295,8 @@ class Work:
         )
         book.cell(f"{name}/own_bytes", own_bytes)
         for group in self.block.groups:
-            self.group(engine, group, machine, found["resident_tpot_s"])
+            broken = f"{self.block.group_name(group)}/group"
+            book.guard(broken, lambda g=group: self.group(engine, g, machine, found["resident_tpot_s"]))
 
     def trace(self, source: str, guesses: str, tokens: int) -> Trace:
         found = source_trace(source, self.block.shape, self.size.trace, self.trace_file)
@@ -295,7 +307,11 @@ class Work:
         book, name = self.book, self.block.group_name(group)
         runs = comparable([a.policy for a in group.asked])
         demand = comparable([*[a.policy for a in group.asked], "on_demand"])[-1]
-        if all(f"{name}/{a.name}" in book.cells for a in group.asked):
+        wanted = [f"{name}/{a.name}" for a in group.asked if f"{name}/{a.name}" not in book.cells]
+        if book.left_s <= 0:
+            for cell in wanted:
+                book.skip(cell, "time: none is left to its block")
+        if not wanted or book.left_s <= 0:
             return
         try:
             base = self.trace(group.source, group.asked[0].guesses, self.size.warm + self.size.most)
@@ -312,6 +328,9 @@ class Work:
         for one, run in zip(group.asked, runs, strict=True):
             cell = f"{name}/{one.name}"
             if cell in book.cells:
+                continue
+            if book.left_s <= 0:
+                book.skip(cell, "time: none is left to its block")
                 continue
             trace = self.trace(group.source, one.guesses, tokens)
             predicted = predict(trace, linked, engine.spec, engine.bits, group.slots, run, self.size.warm)

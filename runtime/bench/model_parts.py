@@ -14,7 +14,7 @@ from runtime import models, prompts
 from runtime.bench.book import Book, UnavailableError
 from runtime.devices import Device
 
-BITS = (4, 3, 2)
+BITS = (4,)
 POLICIES = ("on_demand", "mixtral_offloading", "speculative")
 
 
@@ -46,13 +46,12 @@ def parsed(module: Any, words: list[str]) -> Any:
 
 def run_calibrate(book: Book, device: Device, smoke: bool) -> None:
     """A profile of the device for the demonstration model, kept in the result and beside it."""
-    bits = BITS[:1] if smoke else BITS
     beside = profile_file(book)
 
     def work() -> dict[str, Any]:
         from runtime import calibrate
 
-        wanted = {"model_dir": models.DEMO, "bits": bits, "tokens": 8 if smoke else 48, "name": device.name}
+        wanted = {"model_dir": models.DEMO, "bits": BITS, "tokens": 8 if smoke else 48, "name": device.name}
         profile = taken(calibrate.calibrate, device.name, **wanted)
         calibrate.save(profile, beside)
         return {"file": beside.name, "profile": profile.to_json()}

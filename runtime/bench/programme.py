@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from runtime.bench import forced_cells, kernel, link, model_parts, planners, targets
-from runtime.bench.book import Book, DeviceLostError
+from runtime.bench.book import FAILED, REFUSED, SKIPPED, Book, DeviceLostError
 from runtime.bench.conditions import card_now, conditions
 from runtime.devices import Device, DeviceError, open_device
 from sim.spec import SpecError
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         out,
         {"programme": "runtime.bench", "device": args.device, "smoke": args.smoke},
         refusals=(SpecError, DeviceError),
-        keep_failed=args.keep_failed,
+        again=(SKIPPED, REFUSED) if args.keep_failed else (SKIPPED, REFUSED, FAILED),
         alive=lambda: check(device),
         say=lambda line: print(line, flush=True),
     )
@@ -99,32 +99,13 @@ def in_turn(
         book.deadline = max(begin + min(BUDGETS_S[name] * scale, end - begin), end - START_S * scale - later)
         book.deadline = min(book.deadline, end - START_S * scale)
         before = card_now() if device.name == "cuda" else {}
-        failure = part(book, name, work[name])
+        failure = book.guard(f"{name}/part", lambda name=name: work[name](book))
         about = {"seconds": time.monotonic() - begin, "given_s": book.deadline - begin, "failure": failure}
         book.content["parts"][name] = about | {"card_before": before}
         book.write()
         if device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
     book.deadline = float("inf")
-
-
-def part(book: Book, name: str, work: Callable[[Book], None]) -> str | None:
-    """One part; what breaks it outside of a cell is kept as a failed cell of its name."""
-    failure: list[BaseException] = []
-
-    def guarded() -> dict[str, Any]:
-        raise failure[0]
-
-    try:
-        work(book)
-    except (DeviceLostError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # the other parts go on; the traceback is kept and the exit code is 1
-        failure.append(error)
-        book.deadline = float("inf")
-        book.cell(f"{name}/part", guarded)
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def check(device: Device) -> None:
@@ -263,7 +244,7 @@ def aftermath(out: Path, broken: list[str]) -> int:
         return 1
     content = json.loads(out.read_text())
     header = {key: content[key] for key in ("programme", "device", "smoke")}
-    book = Book(out, header, keep_failed=True, say=lambda line: print(line, flush=True))
+    book = Book(out, header, again=(), say=lambda line: print(line, flush=True))
     book.note("broken", broken)
     print(json.dumps(summarise(book) | {"broken": broken}))
     return 1

@@ -30,7 +30,8 @@ def commit() -> str:
 def command() -> str:
     """The command line, files by name only."""
     words = [re.sub(rf"[^=]*{re.escape(os.sep)}", "", word.rstrip(os.sep)) for word in sys.argv[1:]]
-    module = Path(sys.argv[0]).stem
+    path = Path(sys.argv[0])
+    module = path.parent.name if path.stem == "__main__" else path.stem
     return " ".join(["python -m", f"runtime.{module}", *words])
 
 

@@ -1,0 +1,1 @@
+"""Measuring: ``python -m runtime.bench``; one file a part."""

@@ -114,7 +114,7 @@ class Executor:
             self.pool = self._ends.enter_context(closing(device.slots(self.planner.num_slots, store.expert_bytes)))
             if experts is None:
                 dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-                self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype)
+                self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype, device.fused)
             else:
                 self.experts = experts(self.pool)
             self._ends.callback(self.experts.close)

@@ -210,7 +210,7 @@ def offload(
     place = open_device(device)
     limit = size_bytes(vram) if isinstance(vram, str) else vram
     packing: dict[str, Any] = {"group_size": group_size, "optimize": optimize, "progress": progress}
-    packing["path"] = None if store is None else Path(store)
+    packing |= {"path": None if store is None else Path(store), "order": place.order}
     if isinstance(model, torch.nn.Module):
         if hasattr(model, "offloaded"):
             raise models.ModelError("this model is offloaded already; load it again to offload it otherwise")
@@ -233,10 +233,9 @@ def offload(
     with without_experts(loaded):
         loaded.to(place.torch_device)
     predict = gates_of(loaded, spec, run, heads)
-    layouts = layouts_of(spec, bits, group_size)
-    stated = budget(
-        loaded, spec, layouts, run, slots=slots, limit_bytes=limit, context=context, batch=batch, gates=predict
-    )
+    layouts = layouts_of(spec, bits, group_size, place.order)
+    need: dict[str, Any] = {"context": context, "batch": batch, "gates": predict, "fused": place.fused}
+    stated = budget(loaded, spec, layouts, run, slots=slots, limit_bytes=limit, **need)
     check_slots(spec, stated.slots)
     Timing(profile, spec, max(widths), run)  # a profile that cannot time this model is refused here
     if isinstance(model, torch.nn.Module):

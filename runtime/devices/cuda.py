@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from runtime import kernels
 from runtime.copier import BaseCopier
 from runtime.cuda_copier import CudaStream, ThreadCopier
 from runtime.devices import Device, DeviceError
@@ -62,6 +63,7 @@ class CudaDevice(Device):
         if not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch finds no CUDA device; choose device cpu")
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.fused = kernels.available()
 
     def slots(self, num_slots: int, expert_bytes: int) -> TensorSlots:
         slots = TensorSlots(num_slots, expert_bytes, self.torch_device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runtime import models
-from runtime.experts import workspaces
+from runtime.experts import dequantized, workspaces
 from runtime.quantize import ExpertLayout
 from runtime.store import ALIGNMENT
 from sim.planner import group_sizes
@@ -94,7 +94,7 @@ def budget(
     widest = max(layouts, key=lambda layout: layout.expert_bytes)
     first = next(p for p in model.parameters() if p.is_floating_point() and not p.is_meta)
     gated = models.moe_blocks(model)[0].gated
-    scratch = workspaces(layouts, gated, first.dtype, first.device, fused)
+    scratch = workspaces(dequantized(layouts, gated, fused), first.dtype, first.device)
     known = Budget(
         dense_bytes=tensor_bytes(dense_tensors(model)),
         kv_bytes=cache_bytes(model, spec, context, batch),

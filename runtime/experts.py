@@ -28,15 +28,18 @@ class OffloadedExperts(torch.nn.Module):
         return self._visit(self._layer, hidden, ids, weights)
 
 
-def workspaces(
-    layouts: Sequence[ExpertLayout], gated: Gated, dtype: torch.dtype, device: torch.device, fused: bool
-) -> dict[ExpertLayout, Workspace]:
-    """Scratch for one expert of each layout that is dequantized; the dequantized weights are shared."""
-    made: dict[ExpertLayout, Workspace] = {}
-    for layout in dict.fromkeys(layouts):
-        if not (fused and kernels.activation_for(layout, gated)):
-            made[layout] = Workspace(layout, dtype, device, share=next(iter(made.values()), None))
+def workspaces(kinds: Sequence[ExpertLayout], dtype: torch.dtype, device: torch.device) -> list[Workspace]:
+    """Scratch for one expert of each layout; the dequantized weights are shared."""
+    made: list[Workspace] = []
+    for kind in kinds:
+        made.append(Workspace(kind, dtype, device, share=made[0] if made else None))
     return made
+
+
+def dequantized(layouts: Sequence[ExpertLayout], gated: Gated, fused: bool) -> list[ExpertLayout]:
+    """The layouts, each once, whose experts are dequantized before they are multiplied."""
+    kinds = dict.fromkeys(layouts)
+    return [kind for kind in kinds if not (fused and kernels.activation_for(kind, gated))]
 
 
 class SlotExperts:
@@ -64,10 +67,9 @@ class SlotExperts:
         self._gated = gated
         self._layouts = list(layouts)
         self._dtype = dtype
-        self.workspaces = workspaces(layouts, gated, dtype, pool.device, fused)
-        self._acts = {
-            layout: kernels.activation_for(layout, gated) for layout in layouts if layout not in self.workspaces
-        }
+        kinds = dequantized(layouts, gated, fused)
+        self.workspaces = dict(zip(kinds, workspaces(kinds, dtype, pool.device), strict=True))
+        self._acts = {kind: kernels.activation(gated) for kind in dict.fromkeys(layouts) if kind not in kinds}
         self._views: dict[tuple[int, ExpertLayout], ExpertViews] = {}
         self._id_rows: list[list[int]] = []  # the routing that the three below are of
         self._order = torch.empty(0)

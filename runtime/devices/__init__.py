@@ -86,6 +86,10 @@ class Device(ABC):
         """Return when everything given to the device so far is done."""
 
     @abstractmethod
+    def to_host(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Small tensors of the device, in the host's memory: one copy, one wait. Read them before the next call."""
+
+    @abstractmethod
     def mark(self) -> object | None:
         """For ``Request.after``: passed when what was computed so far is done; None where that is now."""
 

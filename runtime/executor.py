@@ -209,6 +209,10 @@ class Executor:
             self.ledger.timed.append(self._tokens)
         self._open = False
 
+    def restart_pass(self) -> None:
+        """The open pass begins once more, with empty slots; decode passes only."""
+        self.begin_pass(self._phase, self._tokens, self._context)
+
     def _abandon(self) -> None:
         """Forget a pass that did not end: what it had on the link is let in, then every slot counts as empty."""
         self.copier.drain()

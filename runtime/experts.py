@@ -20,12 +20,12 @@ class OffloadedExperts(torch.nn.Module):
 
     def __init__(self, visit: Visited, layer: int) -> None:
         super().__init__()
-        self._visit = visit
+        self.visit = visit
         self._layer = layer
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """hidden [T, H], ids [T, K], weights [T, K] -> [T, H]."""
-        return self._visit(self._layer, hidden, ids, weights)
+        return self.visit(self._layer, hidden, ids, weights)
 
 
 def workspaces(kinds: Sequence[ExpertLayout], dtype: torch.dtype, device: torch.device) -> list[Workspace]:

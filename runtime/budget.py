@@ -25,7 +25,7 @@ class Budget:
     Attributes:
         dense_bytes: every weight and buffer outside the routed experts, in the type it is kept in.
         kv_bytes: KV caches (and other state) of ``batch`` sequences of ``context`` tokens.
-        buffer_bytes: one dequantized expert, unless all are multiplied from their slots, and the stacked lookahead gates.
+        buffer_bytes: one dequantized expert, unless all are multiplied in their slots, and the stacked lookahead gates.
         slot_bytes: one slot, aligned.
         slots: cache slots per layer.
         num_slots: all slots: cache, landing and stream slots of every layer.

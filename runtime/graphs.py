@@ -47,17 +47,17 @@ class Graph(Protocol):
 
 
 class Maker(Protocol):
-    """Makes graphs whose memory is shared, so they are replayed in the order in which they were made."""
+    """Makes graphs."""
 
     def graph(self) -> Graph:
-        """A new one."""
+        """A new one. Those made in one `around` share memory, so they are replayed in the order of making."""
 
     def around(self) -> AbstractContextManager[None]:
-        """Where steps run that are captured, or warm up for it."""
+        """Where a step runs that is captured, or warms up for it; no graph may be open when it is left."""
 
 
 class CudaGraph:
-    """``pool``: of `torch.cuda.graph_pool_handle`. Other threads, such as the copier's, may go on meanwhile."""
+    """A CUDA graph whose memory comes from ``pool``; other threads, such as the copier's, may go on meanwhile."""
 
     def __init__(self, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -79,13 +79,13 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
 
     def graph(self) -> CudaGraph:
         return CudaGraph(self._pool)
 
     @contextmanager
     def around(self) -> Iterator[None]:
+        self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self._device)
         try:
             with torch.cuda.stream(self._stream):
@@ -104,7 +104,7 @@ class Segment(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A captured decode step: static inputs by argument, segments in order, the rest, and its output's type and logits."""
+    """A captured decode step: static inputs by argument, segments in order, the rest, its output's type and logits."""
 
     inputs: dict[tuple[str, ...], torch.Tensor]
     segments: list[Segment]
@@ -120,6 +120,7 @@ class _Capture:
         self._maker = maker
         self.segments: list[Segment] = []
         self.open: Graph | None = None
+        self.refused = False
 
     def begin(self) -> None:
         self.open = graph = self._maker.graph()
@@ -134,14 +135,17 @@ class _Capture:
         graph.replay()
         return graph
 
-    def abort(self) -> bool:
-        """Whether a graph was open; it is closed."""
-        if self.open is None:
-            return False
-        with contextlib.suppress(RuntimeError):  # it is broken already: that is why it is given up
-            self.open.end()
-        self.open = None
-        return True
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Close a graph that is left open by an exception; it was refused if that is the device's."""
+        try:
+            yield
+        except BaseException as error:
+            if self.open is not None:
+                self.refused = isinstance(error, RuntimeError)
+                with contextlib.suppress(RuntimeError):  # it is broken already: that is why it is given up
+                    self.open.end()
+            raise
 
 
 class Graphs:
@@ -205,7 +209,8 @@ class Graphs:
         if self._cache is None or self._cache() is not cache:
             self._forget()
             self._cache = weakref.ref(cache, self._forget)
-        parts: list[Any] = [tuple((t.keys.data_ptr(), t.values.data_ptr()) for t in cache.layers)]
+        held = [t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+        parts: list[Any] = [tuple(t.data_ptr() for t in held)]
         for name, value in _flat(kwargs).items():
             if isinstance(value, torch.Tensor):
                 parts.append((name, value.shape, value.dtype))
@@ -240,35 +245,34 @@ class Graphs:
         inputs = {name: _static(value) for name, value in _flat(kwargs).items() if isinstance(value, torch.Tensor)}
         capture = self._capturing = _Capture(self._maker)
         try:
-            with self._maker.around():
+            with self._maker.around(), capture.closed():
                 capture.begin()
                 out = self._forward(**_with(kwargs, inputs))
                 rest = capture.end()
-        except BaseException as error:
-            if not capture.abort() or not isinstance(error, RuntimeError):
-                raise
-            self._capturing = None
-            return self._given_up(key, str(error), capture, list(zip(layers, lengths, strict=True)), kwargs)
+        except RuntimeError as error:
+            if not capture.refused:
+                raise  # a visit's
+            out, why = None, str(error)
         finally:
             self._capturing = None
+        if out is None:
+            for layer, length in zip(layers, lengths, strict=True):
+                layer.cumulative_length.copy_(length)  # what was written behind it is written again
+            return self._given_up(key, why, bool(capture.segments), kwargs)
         if set(out) <= {"logits", "past_key_values"}:
             self._steps[key] = Step(inputs, capture.segments, rest, type(out), out.logits)
             self.captured += 1
         else:
             self._hopeless.add(key)
             self.refused = f"the model returns {', '.join(out)}"
-        return type(out)(**out | {"logits": out.logits.clone()})
+        return type(out)(**{**out, "logits": out.logits.clone()})  # a replay overwrites its own
 
-    def _given_up(
-        self, key: Any, why: str, capture: _Capture, before: list[tuple[StaticLayer, torch.Tensor]], kwargs: Any
-    ) -> Any:
-        """Undo what a step has done whose capture broke off, and run it as ever."""
+    def _given_up(self, key: Any, why: str, visited: bool, kwargs: dict[str, Any]) -> Any:
+        """Run a step as ever whose capture broke off."""
         self._hopeless.add(key)
         self.refused = (why.strip() or "unknown error").splitlines()[0]
         warnings.warn(f"a decode step cannot be captured ({self.refused}); it runs without graphs", stacklevel=4)
-        for layer, length in before:
-            layer.cumulative_length.copy_(length)  # what was written behind it is written again
-        if capture.segments:
+        if visited:
             self._executor.restart_pass()
         return self._forward(**kwargs)
 

@@ -50,8 +50,7 @@ class Capturing(Tapes):
 
 def generated(model, batch: int, tokens: int = 8):
     """Tokens and every pass's logits, greedy, the first of several sequences padded; a static cache."""
-    torch.manual_seed(batch)
-    ids = torch.randint(3, 60, (batch, 6))
+    ids = torch.randint(3, 60, (batch, 6), generator=torch.Generator().manual_seed(batch)).to(model.device)
     mask = torch.ones_like(ids)
     if batch > 1:
         mask[0, :2] = 0
@@ -197,6 +196,23 @@ def test_graphs_are_let_go_with_their_cache(saved, monkeypatch):
     model.offload_close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_on_a_gpu_replayed_steps_are_the_eager_ones(saved, tmp_path, name):
+    """Those of gpt-oss run as ever: its cache slides."""
+    found = []
+    for graphs in (False, True):
+        model = offloaded(saved(name), store=tmp_path / "store", device="cuda", link_gb_s=None, graphs=graphs)
+        found.append([generated(model, batch) for batch in (1, 3)])
+        counts = model.offload_stats()["graphs"]
+        assert not graphs or counts["replayed"] == (0 if name == "gpt_oss" else 10), counts
+        model.offload_close()
+    for (tokens, logits), (expected, eager) in zip(*found, strict=True):
+        assert torch.equal(tokens, expected) and torch.equal(logits, eager)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_cuda_they_are_refused(saved):
     with pytest.raises(SpecError, match="graphs are CUDA's, and device=cpu has none; leave graphs out"):
         offloaded(saved("mixtral"), graphs=True)

@@ -13,15 +13,24 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra is not installed")
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+from kernel_errors import (  # noqa: E402 (before Triton is imported)
+    GATES,
+    SILU,
+    TOLERANCE,
+    error_in_a_slot,
+    in_rows,
+    layouts,
+    on,
+    random_expert,
+    reference,
+    relative_error,
+)
 
-from runtime import kernels  # noqa: E402
-from runtime.experts import SlotExperts  # noqa: E402
-from runtime.family import ActGate, ClampedGate  # noqa: E402
-from runtime.quantize import ExpertLayout, ExpertViews, dequantize, forward, pack, views  # noqa: E402
+from runtime import kernels, offload, offloading  # noqa: E402
+from runtime.devices.cpu import CpuDevice  # noqa: E402
+from runtime.family import ActGate  # noqa: E402
+from runtime.quantize import ExpertLayout, dequantize, forward, pack, views  # noqa: E402
 from runtime.repack import places  # noqa: E402
-from runtime.store import SlotPool  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed: pip install triton")
@@ -30,63 +39,6 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the GPU here")),
     pytest.param("cuda", marks=GPU),
 ]
-GATES = {
-    "silu": ActGate(torch.nn.SiLU()),
-    "gelu": ActGate(torch.nn.GELU()),
-    "gelu_tanh": ActGate(torch.nn.GELU(approximate="tanh")),
-    "relu": ActGate(torch.nn.ReLU()),
-    "clamped": ClampedGate(1.702, 1.0),  # gpt-oss, its limit low enough to be met
-}
-SILU = kernels.activation(GATES["silu"])
-TOLERANCE = 5e-3  # relative error against float64, by the largest output
-
-
-def random_expert(layout: ExpertLayout, seed: int = 0) -> ExpertViews:
-    """Random words (unused values of the last 3-bit words included), and scales and zeros as quantizing gives them."""
-    generator = torch.Generator().manual_seed(seed)
-    buffer = torch.randint(0, 256, (layout.expert_bytes,), generator=generator, dtype=torch.uint8)
-    expert = views(buffer, layout)
-    if layout.bits == 3:
-        expert.codes.bitwise_and_((1 << 30) - 1)
-    levels = 1 << layout.bits
-    expert.scale.copy_((torch.rand(expert.scale.shape, generator=generator) + 0.5) / levels)
-    expert.zero.copy_((torch.rand(expert.zero.shape, generator=generator) * 0.4 + 0.3) * levels)
-    expert.biases.copy_(torch.randn(expert.biases.shape, generator=generator))
-    return expert
-
-
-def in_rows(expert: ExpertViews) -> ExpertViews:
-    """The same expert with its codes in the order "rows", in a buffer of its own."""
-    layout = dataclasses.replace(expert.layout, order="rows")
-    moved = views(torch.zeros(layout.expert_bytes, dtype=torch.uint8), layout)
-    for old, new in zip(expert[2:], moved[2:], strict=True):
-        new.copy_(old)
-    shifts = layout.bits * torch.arange(layout.values - 1, -1, -1, dtype=layout.word).view(-1, 1, 1)
-    for matrix in range(3):
-        values = ((expert.codes[matrix] >> shifts) & ((1 << layout.bits) - 1)).flatten(0, 1)[: layout.groups]
-        placed = torch.zeros(layout.values * layout.rows, layout.group_size, dtype=layout.word)
-        placed[places(layout, matrix)] = values
-        words = placed.view(layout.values, layout.rows, -1) << shifts
-        moved.codes[matrix].copy_(words.sum(0, dtype=layout.word))
-    return moved
-
-
-def on(device: str, expert: ExpertViews) -> ExpertViews:
-    return ExpertViews(expert.layout, *(t.to(device) for t in expert[1:]))
-
-
-def reference(expert: ExpertViews, x: torch.Tensor, act: str) -> torch.Tensor:
-    gate, up, down = dequantize(expert, torch.float64)
-    x, biases = x.double(), expert.biases.double()
-    inner = expert.layout.expert_size
-    gates, ups, downs = biases.split((inner, inner, len(down))) if len(biases) else (0, 0, 0)
-    return GATES[act](x @ gate.T + gates, x @ up.T + ups) @ down.T + downs
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got.double().cpu() - expected).norm() / expected.norm()).item()
-
-
 # hidden, inner, group size; 2, 6, 1, 3, 5 groups a row: fewer and more than a word's ten, and with a rest
 SHAPES = [(64, 192, 32), (64, 192, 64), (192, 320, 64), (64, 64, 16), (128, 256, 128)]
 LAYOUTS = [ExpertLayout(hidden, inner, bits, group) for hidden, inner, group in SHAPES for bits in (8, 4, 3, 2)]
@@ -242,6 +194,69 @@ def test_the_compiler_makes_of_them_what_their_tiles_are_chosen_for(architecture
     assert len(done.stdout.splitlines()) == 3
 
 
+# In the engine
+
+
+SOME = [layout for n, layout in enumerate(layouts()) if n % 7 == 0]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # as above
+@pytest.mark.skipif(torch.cuda.is_available(), reason="slots of the CPU: compiled for the GPU here")
+@pytest.mark.parametrize("layout", SOME, ids=name)
+def test_an_expert_in_a_slot_is_multiplied_as_it_stands(layout):
+    """A sample of what ``tests/kernel_errors.py`` measures; no dequantized matrix is held."""
+    number = SOME.index(layout)
+    for tokens in (1, (2, 17, 64)[number % 3]):
+        dtype = (torch.float32, torch.bfloat16)[number % 2]
+        act = "clamped" if layout.biases else "silu"
+        assert error_in_a_slot(layout, tokens, dtype, act) < (TOLERANCE if number % 2 else 1e-5)
+
+
+class FusedCpu(CpuDevice):
+    """A device of the CPU that computes as CUDA does with Triton; the interpreter runs it."""
+
+    fused = True
+
+
+def passes(model, batch: int) -> list[torch.Tensor]:
+    """Logits of a prefill and of two decode passes."""
+    ids = torch.randint(3, 90, (batch, 4), generator=torch.Generator().manual_seed(batch))
+    with torch.inference_mode():
+        out = model(input_ids=ids[:, :2], use_cache=True)
+        found = [out.logits]
+        for i in (2, 3):
+            out = model(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    return found
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="slots of the CPU: compiled for the GPU here")
+@pytest.mark.parametrize(("family", "bits"), [("mixtral", 3), ("gpt_oss", 4)])
+def test_offloading_never_changes_a_bit_with_kernels_either(saved, monkeypatch, tmp_path, family, bits):
+    """Bit-equal with two slots and with all; beside dequantizing, float32 rounding only. gpt-oss: biases, clamped."""
+    options = {"bits": bits, "optimize": False, "progress": False, "store": tmp_path / "rows"}
+    plain = offload(saved(family), **options | {"store": None})
+    expected = {batch: passes(plain, batch) for batch in (1, 3)}
+    plain.offload_close()
+    monkeypatch.setattr(offloading, "open_device", lambda name: FusedCpu())
+    found = {}
+    for slots in (4, 2):
+        model = offload(saved(family), slots=slots, policy="speculative:guard=0,trust=0", **options)
+        executor = model.offloaded.executor
+        assert executor.store.layout.order == "rows" and not executor.experts.workspaces
+        assert model.offloaded.budget.buffer_bytes < 64 * 64 * 3 * 4  # no dequantized expert
+        found[slots] = {batch: passes(model, batch) for batch in (1, 3)}
+        assert (model.offload_stats()["misses"] > 0) == (slots == 2)
+        model.offload_close()
+    for batch, logits in expected.items():
+        for one, other, near in zip(found[4][batch], found[2][batch], logits, strict=True):
+            assert torch.equal(one, other)
+            assert relative_error(one, near.double()) < 1e-4
+
+
 # The order of groups
 
 
@@ -253,7 +268,7 @@ def test_the_order_of_codes_changes_no_weight(layout):
     hidden, inner = layout.hidden_size, layout.expert_size
     matrices = [torch.randn(s, generator=generator) / 8 for s in ((inner, hidden), (inner, hidden), (hidden, inner))]
     rows = dataclasses.replace(layout, order="rows")
-    first, second = (views(pack(*matrices, l, optimize=False), l) for l in (layout, rows))
+    first, second = (views(pack(*matrices, kind, optimize=False), kind) for kind in (layout, rows))
     assert torch.equal(first.scale, second.scale) and torch.equal(first.zero, second.zero)
     assert torch.equal(first.codes, second.codes) == (layout.values == 1)
     for one, other, moved in zip(*map(dequantize, (first, second, in_rows(first))), strict=True):
@@ -279,7 +294,8 @@ def test_neighbouring_groups_of_a_row_share_a_word_by_literal_codes():
             group = 2 * row + half
             word, high = group % 32, group < 32
             expert.codes[0, 0, word] |= (row % 8 + 8 * half) << (4 if high else 0)
-    assert [in_rows(expert).codes[0, 0, n, 0].item() for n in range(32)] == [(n % 8) * 16 + n % 8 + 8 for n in range(32)]
+    moved = in_rows(expert).codes[0, 0, :, 0].tolist()
+    assert moved == [(n % 8) * 16 + n % 8 + 8 for n in range(32)]
 
 
 def test_with_one_value_a_word_there_is_one_order():

@@ -249,7 +249,7 @@ def test_offloading_never_changes_a_bit_with_kernels_either(saved, monkeypatch, 
         assert executor.store.layout.order == "rows" and not executor.experts.workspaces
         assert model.offloaded.budget.buffer_bytes < 64 * 64 * 3 * 4  # no dequantized expert
         found[slots] = {batch: passes(model, batch) for batch in (1, 3)}
-        assert (model.offload_stats()["misses"] > 0) == (slots == 2)
+        assert slots == 4 or model.offload_stats()["misses"] > 0
         model.offload_close()
     for batch, logits in expected.items():
         for one, other, near in zip(found[4][batch], found[2][batch], logits, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from runtime import models
-from runtime.experts import workspaces
+from runtime.experts import dequantized, workspaces
 from runtime.quantize import ExpertLayout
 from runtime.store import ALIGNMENT
 from sim.planner import group_sizes
@@ -25,7 +25,7 @@ class Budget:
     Attributes:
         dense_bytes: every weight and buffer outside the routed experts, in the type it is kept in.
         kv_bytes: KV caches (and other state) of ``batch`` sequences of ``context`` tokens.
-        buffer_bytes: one dequantized expert and the stacked lookahead gates.
+        buffer_bytes: one dequantized expert, unless all are multiplied in their slots, and the stacked lookahead gates.
         slot_bytes: one slot, aligned.
         slots: cache slots per layer.
         num_slots: all slots: cache, landing and stream slots of every layer.
@@ -73,6 +73,7 @@ def budget(
     context: int,
     batch: int = 1,
     gates: object = None,
+    fused: bool = False,
 ) -> Budget:
     """The slots asked for, or the most that ``limit_bytes`` leaves room for, with everything else that must fit.
 
@@ -82,6 +83,7 @@ def budget(
         slots: per layer; None is as many as fit, or half of the experts without a limit.
         context, batch: what the KV caches are counted for.
         gates: the lookahead gates; their tensors are counted.
+        fused: experts are multiplied straight from their slots where that can be (``Device.fused``).
 
     Raises:
         SpecError: it does not fit; the sentence says what would. A context or batch below 1.
@@ -91,7 +93,8 @@ def budget(
             raise SpecError(f"{name} is {value}; it must be at least 1")
     widest = max(layouts, key=lambda layout: layout.expert_bytes)
     first = next(p for p in model.parameters() if p.is_floating_point() and not p.is_meta)
-    scratch = workspaces(list(dict.fromkeys(layouts)), first.dtype, first.device)
+    gated = models.moe_blocks(model)[0].gated
+    scratch = workspaces(dequantized(layouts, gated, fused), first.dtype, first.device)
     known = Budget(
         dense_bytes=tensor_bytes(dense_tensors(model)),
         kv_bytes=cache_bytes(model, spec, context, batch),

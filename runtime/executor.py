@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -24,7 +24,7 @@ from runtime.copier import CopierError
 from runtime.devices import Device, Slots
 from runtime.experts import OffloadedExperts, SlotExperts
 from runtime.host_experts import HostCompute, HostExperts, HostThread, computes_on_host
-from runtime.lookahead import LADDER, Gates, gates_for, merged_guesses
+from runtime.lookahead import LADDER, Gates, LinearGates, gates_for, merged_guesses
 from runtime.plan_runner import PlanRunner
 from runtime.recorder import Recorder
 from runtime.store import HostStore
@@ -38,6 +38,18 @@ from traces import DECODE, PREFILL, ModelSpec, Visit
 from traces.vocabulary import router_order
 
 PREDICTORS = ("recorded", *LADDER)  # recorded: the model's own routers, "router"
+
+
+class Looked(NamedTuple):
+    """What a visit begins with, on the device: hidden [T, H], ids and weights [T, K], and what the gates say [T, D, E]
+    (None: not asked); ``at_ns``: when they were asked.
+    """
+
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    said: torch.Tensor | None
+    at_ns: int
 
 
 class Executor(PlanRunner):
@@ -111,7 +123,7 @@ class Executor(PlanRunner):
             self.pool = self._ends.enter_context(closing(device.slots(self.planner.num_slots, store.expert_bytes)))
             dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             if experts is None:
-                self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype)
+                self.experts = SlotExperts(self.pool, store.layouts, blocks[0].gated, dtype, device.fused)
             else:
                 self.experts = experts(self.pool)
             self._ends.callback(self.experts.close)
@@ -202,6 +214,10 @@ class Executor(PlanRunner):
             self.ledger.timed.append(self._tokens)
         self._open = False
 
+    def restart_pass(self) -> None:
+        """The open pass begins once more, with empty slots; decode passes only."""
+        self.begin_pass(self._phase, self._tokens, self._context)
+
     def _abandon(self) -> None:
         """Forget a pass that did not end: what it had on the link is let in, then every slot counts as empty."""
         if self.host:
@@ -237,13 +253,33 @@ class Executor(PlanRunner):
     @torch.no_grad()
     def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Plan, copy and compute one MoE layer: hidden [T, H], ids and weights [T, K] -> [T, H]."""
+        guessing = bool(self.gates) and (self.planner.looks(self._phase) or self._record_all)
+        return self.meet(layer, self.look(layer, hidden, ids, weights, guessing))
+
+    @torch.no_grad()
+    def look(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, guessing: bool
+    ) -> Looked:
+        """The part of a visit that the device does before the host must know; nothing is waited for."""
+        now = time.monotonic_ns()
+        said = self.gates.logits(layer, hidden) if guessing and isinstance(self.gates, LinearGates) else None
+        return Looked(hidden, ids, weights, said, now)
+
+    @torch.no_grad()
+    def meet(self, layer: int, looked: Looked) -> torch.Tensor:
+        """The rest of it, from the one copy that tells the host; returns [T, H]."""
+        hidden, ids, weights, said, before_gates = looked
         tokens = hidden.shape[0]
         looks = self.planner.looks(self._phase)
-        id_rows = ids.tolist()
-        before_gates = time.monotonic_ns()
-        scores = self.gates.scores(layer, hidden, ids) if self.gates and (looks or self._record_all) else None
+        ids_here, weights_here, *said_here = self.device.to_host(ids, weights, *([] if said is None else [said]))
+        id_rows = ids_here.tolist()
+        scores = None
+        if self.gates and (looks or self._record_all):
+            scores = self.gates.rated(said_here[0]) if said_here else self.gates.scores(layer, hidden, ids)
         guesses = merged_guesses(scores) if scores is not None and looks else []
         known = time.monotonic_ns()
+        if self.device.torch_device.type != "cpu":
+            before_gates = known  # gates were given to the device with everything before them, and end with it
         experts, counts = router_order(id_rows)
         visit = Visit(
             self._index, layer, self._phase, tokens, self._context, experts, counts, guesses, self._starts_sequence
@@ -264,7 +300,7 @@ class Executor(PlanRunner):
         result = (out * weights.unsqueeze(-1).to(out.dtype)).sum(1).to(hidden.dtype)
         self._account(plan, started, before_gates, known, planned)
         if self.recorder:
-            self.recorder.visit(ids, weights, self._logits, scores)
+            self.recorder.visit(ids_here, weights_here, self._logits, scores)
         return result
 
     def _account(self, plan: Plan, started: int, before_gates: int, known: int, planned: int) -> None:

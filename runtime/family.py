@@ -15,6 +15,27 @@ from typing import Any, NamedTuple
 import torch
 
 Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The product of one expert's gate and up projections. The two below are known to ``runtime.kernels``."""
+
+
+class ActGate(NamedTuple):
+    """act(gate) * up."""
+
+    act: torch.nn.Module
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act(gate) * up
+
+
+class ClampedGate(NamedTuple):
+    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up from both sides."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=self.limit)
+        return (up.clamp(-self.limit, self.limit) + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 class ModelError(ValueError):
@@ -59,12 +80,7 @@ class Family:
         apply = type(experts)._apply_gate
         if apply.__module__ != "transformers.integrations.moe":
             raise ModelError(f"{type(experts).__name__} gates in its own way; add a file for it to runtime/families")
-        act = experts.act_fn
-
-        def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            return act(gate) * up
-
-        return product
+        return ActGate(experts.act_fn)
 
     def fused(self, parts: Mapping[str, Any], name: str, expert: int) -> torch.Tensor:
         """One expert's slice of the fused tensor ``name``; ``parts`` are sliceable tensors of its layer by name.

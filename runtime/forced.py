@@ -25,11 +25,12 @@ import torch
 
 from runtime.budget import without_experts
 from runtime.devices import Device, Slots
-from runtime.executor import Executor, check_options, gates_of
+from runtime.executor import Executor, Looked, check_options, gates_of
 from runtime.experts import SlotExperts
-from runtime.lookahead import NUM_GUESSES, Gates
+from runtime.lookahead import NUM_GUESSES, LinearGates
 from runtime.observe import Spans
 from runtime.quantize import ExpertLayout, pack, views
+from runtime.repack import Order
 from runtime.skeleton import moe_blocks, skeleton, spec_of_skeleton
 from runtime.store import HostStore, check_memory, layouts_of
 from sim.ledger import Counts, Ledger, LoadLog
@@ -139,7 +140,9 @@ def dense(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
     return Dense(model, spec, experts)
 
 
-def random_store(spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed: int = 0) -> HostStore:
+def random_store(
+    spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed: int = 0, order: Order = "hqq"
+) -> HostStore:
     """Every expert of a model with random codes of its own, and the scales of weights that were really quantized.
 
     Raises:
@@ -148,7 +151,7 @@ def random_store(spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, seed:
     """
     if bits == 16:
         raise ForcedError("experts at 16 bits have no codes to draw; choose 8, 4, 3 or 2 bits")
-    layouts = layouts_of(spec, bits, group_size)
+    layouts = layouts_of(spec, bits, group_size, order)
     check_memory(spec, layouts)
     store = HostStore(spec, layouts, optimize=False)
     try:
@@ -183,7 +186,7 @@ def _template(layout: ExpertLayout, seed: int) -> npt.NDArray[np.uint8]:
     """An expert's bytes without codes: scales and zeros of a small quantized expert, again and again, and biases."""
     generator = torch.Generator().manual_seed(seed)
     inner, hidden = (min(_QUANTIZED, size) for size in (layout.expert_size, layout.hidden_size))
-    small = replace(layout, hidden_size=hidden, expert_size=inner, biases=0)
+    small = replace(layout, hidden_size=hidden, expert_size=inner, biases=0, order="hqq")
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     matrices = [torch.randn(shape, generator=generator) * layout.hidden_size**-0.5 for shape in shapes]
     found = views(pack(*matrices, small, optimize=False), small)
@@ -303,34 +306,46 @@ def with_sweep(trace: Trace) -> tuple[Trace, int]:
     return routed(spec, ids, weights, None, trace), count
 
 
-class Routing:
-    """What a trace says of the rows that run now; as `Gates`, its guesses.
+class Routing(LinearGates):
+    """What a trace says of the rows that run now; as lookahead gates, its guesses.
 
     Args:
         trace: routing, and guesses under ``GUESSES`` where somebody looks ahead.
         lookahead: distances wanted.
         device: of the ids and weights.
         gates: real ones, run for their time; what they say is dropped.
+
+    Attributes:
+        rows, layer: of the visit that is made now.
     """
 
-    def __init__(self, trace: Trace, lookahead: int, device: torch.device, gates: Gates | None) -> None:
-        self.lookahead = lookahead
+    def __init__(self, trace: Trace, lookahead: int, device: torch.device, gates: LinearGates | None) -> None:
+        self._reach = lookahead
         self._gates = gates
         self.ids = torch.from_numpy(trace.ids.astype(np.int64)).to(device)
         self.weights = torch.from_numpy(trace.weights.astype(np.float32)).to(device)
-        self._layers, self._experts = trace.model.num_layers, trace.model.num_experts
+        self._layers, self._count = trace.model.num_layers, trace.model.num_experts
         table = trace.guesses.get(GUESSES)
-        self._scores = None if table is None else scores_of(table, self._experts)
-        self.rows = slice(0, 0)
+        self._scores = None if table is None else scores_of(table, self._count)
+        self.rows, self.layer = slice(0, 0), 0
 
-    def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
-        """As `Gates.scores`."""
-        if self._gates is not None:
-            self._gates.scores(layer, hidden, ids)
-        reach = min(self.lookahead, self._layers - 1 - layer)
+    @property
+    def lookahead(self) -> int:
+        return self._reach
+
+    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the real gates."""
+        assert self._gates is not None
+        return self._gates.logits(layer, hidden)
+
+    def rated(self, logits: torch.Tensor) -> npt.NDArray[np.float16]:
+        """As `Gates.scores`: rated as ever, and then what the trace says."""
+        assert self._gates is not None
+        self._gates.rated(logits)
+        reach = min(self._reach, self._layers - 1 - self.layer)
         if self._scores is None:
-            return np.zeros((hidden.shape[0], reach, self._experts), np.float16)
-        return self._scores[self.rows, layer, :reach]
+            return np.zeros((len(logits), reach, self._count), np.float16)
+        return self._scores[self.rows, self.layer, :reach]
 
 
 # --- engine -------------------------------------------------------------------------------------------------------
@@ -354,10 +369,11 @@ class ForcedExecutor(Executor):
 
     routing: Routing
 
-    def visit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows = self.routing.rows
-        forced = self.routing.weights[rows, layer].to(weights.dtype)
-        return super().visit(layer, hidden, self.routing.ids[rows, layer], forced)
+    def meet(self, layer: int, looked: Looked) -> torch.Tensor:
+        routing = self.routing
+        routing.layer = layer
+        weights = routing.weights[routing.rows, layer].to(looked.weights.dtype)
+        return super().meet(layer, looked._replace(ids=routing.ids[routing.rows, layer], weights=weights))
 
 
 Wrap = Callable[[SlotExperts, Slots], Any]
@@ -426,7 +442,7 @@ class ForcedEngine:
         self.dense, self.bits, self.device = dense, bits, device
         self.compiled = compiled
         self._ends = ExitStack()
-        self.store = random_store(dense.spec, bits, group_size, seed)
+        self.store = random_store(dense.spec, bits, group_size, seed, device.order)
         self._ends.callback(self.store.close)
         try:
             self._ends.enter_context(device.hold(self.store))
@@ -470,7 +486,7 @@ class ForcedEngine:
             raise ForcedError(f"{first} of {trace.num_decode_tokens} decode tokens are not to be measured; leave some")
         check_options(options)
         place = self.device.torch_device
-        gates = gates_of(self.dense.model, self.spec, options)
+        gates: Any = gates_of(self.dense.model, self.spec, options)  # a linear rung: the routers as they are
         routing = Routing(trace, options.lookahead, place, gates)
         text = io.StringIO()
         self.dense.restore()

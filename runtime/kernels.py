@@ -4,6 +4,8 @@ The first reads gate and up and applies the activation, the second reads down. B
 ``runtime.quantize.ExpertLayout`` lays it out, in HQQ's order of groups or in that of ``runtime.repack`` ("rows"),
 which is meant for the GPU: every word is read once, and at 3 bits nothing else comes near. The same kernels run under
 Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported), which is how they are tested without a GPU.
+
+Which experts go through them is decided by `activation_for` alone; all others are dequantized and multiplied.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from runtime.quantize import ExpertViews
-from runtime.repack import Order
+from runtime.family import ActGate, ClampedGate, Gated
+from runtime.quantize import ExpertLayout, ExpertViews
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+CLAMPED = "clamped"
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", CLAMPED)
 _NAMES = {  # of activation modules, in torch and transformers
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -34,20 +37,53 @@ class KernelError(ValueError):
     """What the kernels cannot do; one sentence."""
 
 
-def activation(module: torch.nn.Module) -> str:
-    """The kernels' name of an activation.
+class Activation(NamedTuple):
+    """A gated activation as the kernels know it: one of ``ACTIVATIONS``, and the two constants of "clamped"."""
+
+    name: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def activation(gated: Gated) -> Activation:
+    """The kernels' own form of a gated activation.
 
     Raises:
-        KernelError: an activation they have not.
+        KernelError: one they have not.
     """
-    name = type(module).__name__
-    if name == "GELU":
-        return {"none": "gelu", "tanh": "gelu_tanh"}[module.approximate]
-    if name not in _NAMES:
+    if isinstance(gated, ClampedGate):
+        return Activation(CLAMPED, float(gated.alpha), float(gated.limit))
+    act = gated.act if isinstance(gated, ActGate) else None
+    if isinstance(act, torch.nn.GELU):
+        return Activation({"none": "gelu", "tanh": "gelu_tanh"}[act.approximate])
+    name = type(act or gated).__name__
+    if act is None or name not in _NAMES:
         raise KernelError(
             f"the kernels have no activation {name}; they have {', '.join(ACTIVATIONS)}: dequantize and multiply"
         )
-    return _NAMES[name]
+    return Activation(_NAMES[name])
+
+
+def activation_for(layout: ExpertLayout, gated: Gated) -> Activation | None:
+    """How the kernels compute experts of this layout and activation; None: they cannot, dequantize and multiply.
+
+    They can if the experts have codes (8, 4, 3 or 2 bits) in groups of 16 weights or more, a power of two, and the
+    activation is among theirs; biases may be there or not.
+    """
+    try:
+        _check(layout)
+        return activation(gated)
+    except KernelError:
+        return None
+
+
+def _check(layout: ExpertLayout) -> None:
+    if layout.bits == 16:
+        raise KernelError("experts in bf16 need no kernel; multiply them with torch")
+    if layout.group_size < _MIN_GROUP or layout.group_size & (layout.group_size - 1):
+        raise KernelError(
+            f"groups of {layout.group_size} weights do not fit the kernels; choose 16, 32, 64, 128 or 256"
+        )
 
 
 def available() -> bool:
@@ -55,41 +91,45 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def forward(expert: ExpertViews, x: torch.Tensor, act: str, order: Order = "hqq") -> torch.Tensor:
-    """down(act(gate x) * up x) for x [n, H] -> [n, H] in x's dtype, on x's device.
+def forward(expert: ExpertViews, x: torch.Tensor, act: Activation, out: torch.Tensor | None = None) -> torch.Tensor:
+    """down(gated(gate x, up x)) for x [n, H] -> [n, H], biases added, on x's device.
 
     Products of one token are summed in float32 throughout. Of more, they are made in x's dtype (float32 under the
     interpreter) from exact codes, and summed in float32; the intermediate of gate and up is kept in float32.
+
+    Args:
+        out: contiguous [n, H] of any float dtype, overwritten and returned; a new one in float32 when None.
 
     Raises:
         KernelError: no Triton, bf16 experts, groups narrower than 16 or no power of two, or an unknown activation.
     """
     layout = expert.layout
-    if layout.bits == 16:
-        raise KernelError("experts in bf16 need no kernel; multiply them with torch")
-    if layout.group_size < _MIN_GROUP or layout.group_size & (layout.group_size - 1):
-        raise KernelError(
-            f"groups of {layout.group_size} weights do not fit the kernels; choose 16, 32, 64, 128 or 256"
-        )
-    if act not in ACTIVATIONS:
-        raise KernelError(f"activation {act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    _check(layout)
+    if act.name not in ACTIVATIONS:
+        raise KernelError(f"activation {act.name!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
     kernels = _kernels()
     tokens, hidden, inner = len(x), layout.hidden_size, layout.expert_size
     x = x.contiguous()
+    out = torch.empty_like(x, dtype=torch.float32) if out is None else out
+    if not tokens:
+        return out
     middle = torch.empty(tokens, inner, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(x)
-    if tokens:
-        common = {"g": layout.group_size, "BITS": layout.bits, "V": layout.values, "ROWS": order == "rows"}
-        common |= tiles(tokens, x.dtype, layout.group_size)
-        grid = (-(-inner // common["BN"]), -(-tokens // common["BM"]))
-        kernels.gate_up[grid](
-            middle, expert.codes, expert.scale, expert.zero, x, tokens, N=inner, K=hidden, ACT=act, **common
-        )
-        grid = (-(-hidden // common["BN"]), grid[1])
-        kernels.down[grid](
-            out, expert.codes[2], expert.scale[2], expert.zero[2], middle, tokens, N=hidden, K=inner, **common
-        )
+    codes, scale, zero, biases = expert[1:]
+    common = {"g": layout.group_size, "BITS": layout.bits, "V": layout.values, "ROWS": layout.order == "rows"}
+    common |= tiles(tokens, x.dtype, layout.group_size) | {"BIASED": layout.biases > 0}
+    gate = {"ACT": act.name, "ALPHA": act.alpha, "LIMIT": act.limit}
+    grid = (-(-inner // common["BN"]), -(-tokens // common["BM"]))
+    kernels.gate_up[grid](middle, codes, scale, zero, biases, x, tokens, N=inner, K=hidden, **gate, **common)
+    grid = (-(-hidden // common["BN"]), grid[1])
+    biases = biases[2 * inner :]
+    kernels.down[grid](out, codes[2], scale[2], zero[2], biases, middle, tokens, N=hidden, K=inner, **common)
     return out
+
+
+def compile_for(expert: ExpertViews, act: Activation, dtype: torch.dtype) -> None:
+    """Compile what `forward` may need of these experts' kernels, so that no token waits for the compiler."""
+    for tokens in (1, 16, 32, 64):
+        forward(expert, torch.zeros(tokens, expert.layout.hidden_size, dtype=dtype, device=expert.codes.device), act)
 
 
 def tiles(tokens: int, dtype: torch.dtype, group_size: int) -> dict[str, Any]:

@@ -110,17 +110,23 @@ class LinearGates:
         return max((heads.distances for heads in self.heads if heads is not None), default=0)
 
     def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H] -> [T, D, E], the temperature applied."""
+        """hidden [T, H] -> [T, D, E] on its device, the temperature applied; nothing is waited for."""
         heads = self.heads[layer]
-        assert heads is not None
-        logits = heads.logits(hidden)
+        if heads is None:
+            return torch.zeros(hidden.shape[0], 0, self._experts, device=hidden.device)
+        logits = self._raw(layer, heads, hidden)
         return logits if heads.temperature is None else logits / heads.temperature[:, None]
+
+    def _raw(self, layer: int, heads: Heads, hidden: torch.Tensor) -> torch.Tensor:
+        return heads.logits(hidden)
+
+    def rated(self, logits: torch.Tensor) -> npt.NDArray[np.float16]:
+        """What `logits` gave as `Gates.scores`; best called with logits on the host."""
+        return inclusion(logits, self._top_k).cpu().numpy().astype(np.float16)
 
     def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
         """As `Gates.scores`."""
-        if self.heads[layer] is None:
-            return np.zeros((hidden.shape[0], 0, self._experts), np.float16)
-        return inclusion(self.logits(layer, hidden), self._top_k).cpu().numpy().astype(np.float16)
+        return self.rated(self.logits(layer, hidden))
 
 
 class RouterGates(LinearGates):
@@ -143,13 +149,11 @@ class TrunkGates(LinearGates):
         super().__init__(heads, top_k, experts)
         self.trunks = trunks
 
-    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """As `LinearGates.logits`."""
-        heads, trunk = self.heads[layer], self.trunks[layer]
-        assert heads is not None and trunk is not None
+    def _raw(self, layer: int, heads: Heads, hidden: torch.Tensor) -> torch.Tensor:
+        trunk = self.trunks[layer]
+        assert trunk is not None
         logits = heads.logits(hidden)
-        logits = logits + trunk.logits(hidden).view_as(logits)
-        return logits if heads.temperature is None else logits / heads.temperature[:, None]
+        return logits + trunk.logits(hidden).view_as(logits)
 
 
 def router_heads(routers: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:

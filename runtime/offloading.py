@@ -24,6 +24,7 @@ from runtime.copier import CopierError
 from runtime.devices import open_device
 from runtime.engine import paced
 from runtime.executor import Executor, check_options, gates_of
+from runtime.graphs import CudaGraphs, Graphs
 from runtime.host_calibration import host_figures
 from runtime.host_experts import computes_on_host
 from runtime.lookahead import GATES_FILE
@@ -70,7 +71,10 @@ class Offloaded:
     Attributes:
         executor: plans, copies and computes.
         budget: bytes on the device, stated beforehand.
+        graphs: what captures decode steps, if anything.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(self, model: torch.nn.Module, executor: Executor, stated: Budget, owned: HostStore | None) -> None:
         self.executor = executor
@@ -110,6 +114,7 @@ class Offloaded:
             "bits": executor.bits,
             "slots": executor.slots,
             "evidence": "MEASURED",
+            "graphs": self.graphs.counts() if self.graphs else None,
             "decode_passes": decode.passes,
             "tpot_s": tpot_s,
             "ttft_s": ledger.ttft_ns[-1] / 1e9 if ledger.ttft_ns else None,
@@ -181,6 +186,7 @@ def offload(
     gates: str | Path | None = None,
     record: bool = False,
     record_logits: bool = False,
+    graphs: bool = False,
     progress: bool = True,
 ) -> Any:
     """Move a model's routed experts to host memory; they are copied to slots on the device when they are needed.
@@ -205,6 +211,8 @@ def offload(
         link_gb_s: pace of the link, GB/s; None is the GPU's own, and 10 GB/s with device=cpu.
         gates: file of trained lookahead gates (`runtime.align`), for ``predictor=aligned``; by default the model's own.
         record, record_logits: keep the routing and guesses, for ``offloaded.bounds`` and to save a trace.
+        graphs: capture decode steps as CUDA graphs where that can be (`runtime.graphs`); ``generate`` then takes a
+            static KV cache.
 
     Returns:
         The transformers model. ``generate`` works unchanged, batches and beam search included;
@@ -216,10 +224,14 @@ def offload(
     """
     run = options(policy)
     check_options(run)
+    if graphs and record_logits:
+        raise SpecError("router logits are recorded by hooks, which do not run in a graph; leave one of the two out")
     place = open_device(device)
+    if graphs and place.torch_device.type != "cuda":
+        raise SpecError(f"graphs are CUDA's, and device={device} has none; leave graphs out")
     limit = size_bytes(vram) if isinstance(vram, str) else vram
     packing: dict[str, Any] = {"group_size": group_size, "optimize": optimize, "progress": progress}
-    packing["path"] = None if store is None else Path(store)
+    packing |= {"path": None if store is None else Path(store), "order": place.order}
     if isinstance(model, torch.nn.Module):
         if hasattr(model, "offloaded"):
             raise models.ModelError("this model is offloaded already; load it again to offload it otherwise")
@@ -242,10 +254,9 @@ def offload(
     with without_experts(loaded):
         loaded.to(place.torch_device)
     predict = gates_of(loaded, spec, run, heads)
-    layouts = layouts_of(spec, bits, group_size)
-    stated = budget(
-        loaded, spec, layouts, run, slots=slots, limit_bytes=limit, context=context, batch=batch, gates=predict
-    )
+    layouts = layouts_of(spec, bits, group_size, place.order)
+    need: dict[str, Any] = {"context": context, "batch": batch, "gates": predict, "fused": place.fused}
+    stated = budget(loaded, spec, layouts, run, slots=slots, limit_bytes=limit, **need)
     check_slots(spec, stated.slots)
     timing = Timing(profile, spec, max(widths), run.replace(miss="load"))  # one that cannot time this model is refused
     measures_host = computes_on_host(run) and (machine is None or not timing.has_host)
@@ -285,6 +296,10 @@ def offload(
         owned.close()
         raise
     handle = Offloaded(loaded, executor, stated, owned)
+    if graphs:
+        handle.graphs = Graphs(loaded, executor, CudaGraphs(place.torch_device))
+        loaded.generation_config.cache_implementation = "static"
+        loaded.generation_config.disable_compile = True
     attached: dict[str, Callable[..., Any] | object] = {
         "offloaded": handle,
         "offload_stats": handle.stats,

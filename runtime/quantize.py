@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from runtime.family import ExpertWeights, Gated
+from runtime.repack import ORDERS, Order, places, spread
 from traces.vocabulary import GROUP_SIZE, ModelSpec
 
 META_DTYPE = torch.float16
@@ -33,10 +34,12 @@ class ExpertLayout:
     Quantized: the codes of gate, up and down (words [3, R, g]: uint8, or int32 at 3 bits), then their scales, then
     their zeros (float16 [3, G] each). At 16 bits: gate [I, H], up [I, H], down [H, I] in bfloat16. Words are HQQ's:
     groups run along a matrix's rows (axis 1), and word row r holds the groups r, r + R, r + 2R, ... from its high
-    bits down.
+    bits down; in the order "rows" it holds neighbours (``runtime.repack``). With one value a word there is one order,
+    "hqq".
 
     Raises:
-        ValueError: a bit width or group size that ``ModelSpec.expert_bytes`` refuses, or groups that do not fill words.
+        ValueError: a bit width or group size that ``ModelSpec.expert_bytes`` refuses, groups that do not fill words, or
+            an unknown order.
     """
 
     hidden_size: int
@@ -44,8 +47,13 @@ class ExpertLayout:
     bits: int
     group_size: int = GROUP_SIZE
     biases: int = 0
+    order: Order = "hqq"
 
     def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order of codes is {self.order!r}; it must be {' or '.join(ORDERS)}")
+        if self.bits in (16, 8):
+            object.__setattr__(self, "order", "hqq")
         widths = (self.hidden_size, self.expert_size)
         if self.biases not in (0, 2 * self.expert_size + self.hidden_size):
             raise ValueError(
@@ -72,13 +80,13 @@ class ExpertLayout:
         return f"use {' or '.join(map(str, sizes))}" if sizes else "keep these experts at 16 bits"
 
     @classmethod
-    def of(cls, spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE) -> ExpertLayout:
+    def of(cls, spec: ModelSpec, bits: int, group_size: int = GROUP_SIZE, order: Order = "hqq") -> ExpertLayout:
         """Layout of ``spec``'s routed experts.
 
         Raises:
             ValueError: as the class.
         """
-        return cls(spec.hidden_size, spec.expert_size, bits, group_size, spec.expert_bias)
+        return cls(spec.hidden_size, spec.expert_size, bits, group_size, spec.expert_bias, order)
 
     @property
     def groups(self) -> int:
@@ -244,6 +252,10 @@ def _pack_matrix(matrix: torch.Tensor, pieces: ExpertViews, i: int, optimize: bo
         _add_squares(squares, given, (found - zero.float()).mul_(scale.float()))
     words = pieces.codes[i, 0]
     words.zero_()
+    if layout.order != "hqq":
+        placed = torch.zeros(layout.values * layout.rows, layout.group_size, dtype=torch.uint8)
+        placed[places(layout, i)] = codes
+        codes = placed
     for part, shift in zip(codes.split(layout.rows), _SHIFTS[layout.bits], strict=False):
         words[: len(part)] |= part.to(layout.word) << shift
     return _relative(squares)
@@ -306,7 +318,10 @@ class Workspace:
         else:
             torch.bitwise_right_shift(expert.codes, self._shifts, out=self._unpacked)
             self._unpacked.bitwise_and_((1 << bits) - 1)
-            self._grouped.copy_(self._codes)
+            if self.layout.order == "hqq":
+                self._grouped.copy_(self._codes)
+            else:
+                spread(self.layout, self._unpacked, self._grouped)
         dtype = self._grouped.dtype
         self._grouped.sub_(expert.zero.to(dtype)).mul_(expert.scale.to(dtype))
 

@@ -13,13 +13,15 @@ Shape letters as in ``runtime.quantize``; N x K is one matrix.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from runtime.quantize import ExpertLayout, ExpertViews
+if TYPE_CHECKING:
+    from runtime.quantize import ExpertLayout
 
 Order = Literal["hqq", "rows"]
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 def shapes(layout: ExpertLayout) -> tuple[tuple[int, int], ...]:
@@ -28,10 +30,10 @@ def shapes(layout: ExpertLayout) -> tuple[tuple[int, int], ...]:
     return (inner, hidden), (inner, hidden), (hidden, inner)
 
 
-def places(layout: ExpertLayout, matrix: int, order: Order) -> torch.Tensor:
+def places(layout: ExpertLayout, matrix: int) -> torch.Tensor:
     """Of every group [G]: its value's number in the word times R, plus its word row."""
     groups = torch.arange(layout.groups)
-    if order == "hqq":
+    if layout.order == "hqq":
         return groups  # group v * R + r is value v of word row r
     rows, columns = shapes(layout)[matrix]
     row_groups = columns // layout.group_size
@@ -48,23 +50,15 @@ def places(layout: ExpertLayout, matrix: int, order: Order) -> torch.Tensor:
     return value * layout.rows + word
 
 
-def reorder(expert: ExpertViews, old: Order, new: Order) -> None:
-    """Move the codes of one expert (in its buffer) from one order to another; unused values of words become 0.
-
-    Raises:
-        ValueError: an expert in bf16, which has no codes.
-    """
-    layout = expert.layout
-    if layout.bits == 16:
-        raise ValueError("experts in bf16 have no codes to reorder; this is for 8, 4, 3 and 2 bits")
-    if old == new or layout.values == 1:
-        return
-    shifts = torch.arange(layout.values - 1, -1, -1, device=expert.codes.device) * layout.bits
-    shifts = shifts.to(layout.word).view(-1, 1, 1)
-    for matrix in range(3):
-        words = expert.codes[matrix]  # [1, R, g]
-        values = ((words >> shifts) & ((1 << layout.bits) - 1)).view(-1, layout.group_size)  # [V * R, g]
-        moved = torch.zeros_like(values)
-        source, target = (places(layout, matrix, order).to(values.device) for order in (old, new))
-        moved[target] = values[source]
-        words.copy_((moved.view(layout.values, layout.rows, -1) << shifts).sum(0, dtype=layout.word))
+def spread(layout: ExpertLayout, unpacked: torch.Tensor, grouped: torch.Tensor) -> None:
+    """Codes of three matrices as they stand in words of the order "rows", [3, V, R, g], to ``grouped`` [3, G, g]."""
+    values, size = layout.values, layout.group_size
+    for matrix, (rows, columns) in enumerate(shapes(layout)):
+        whole, rest = divmod(columns // size, values)
+        target = grouped[matrix].view(rows, columns // size, size)
+        words = unpacked[matrix].transpose(0, 1)  # [R, V, g]
+        if whole:
+            target[:, : whole * values] = words[: rows * whole].reshape(rows, whole * values, size)
+        if rest:
+            left_over = words[rows * whole :].reshape(-1, size)[: rows * rest]
+            target[:, whole * values :] = left_over.view(rows, rest, size)

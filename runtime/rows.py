@@ -37,6 +37,7 @@ class ExpertRows:
 
     Attributes:
         fd: file descriptor of the block, -1 once closed.
+        mapped: it is a file's, not memory taken for it.
         row_bytes: distance between two rows: expert_bytes aligned up to 64.
     """
 
@@ -50,6 +51,7 @@ class ExpertRows:
         self.count = count
         self.expert_bytes = expert_bytes
         self.row_bytes = aligned(expert_bytes)
+        self.mapped = fd >= 0
         self.fd = anonymous_file(count * self.row_bytes) if fd < 0 else fd
         try:
             access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
@@ -77,6 +79,14 @@ class ExpertRows:
         if self._block is None:
             raise StoreError("a buffer was asked for after close(); keep the store open while it is used")
         return self._block
+
+    def move_to(self, other: ExpertRows) -> None:
+        """Copy every row to ``other``, of the same rows, and stand on its memory from now on; ``other`` is closed."""
+        other.block.copy_(self.block)
+        block, fd, mapped = other._block, other.fd, other.mapped
+        other._block, other.fd = None, -1
+        self.close()
+        self._block, self.fd, self.mapped = block, fd, mapped
 
     def close(self) -> None:
         """Let go of the block; its memory is freed when the last tensor on it and the copier process are gone."""

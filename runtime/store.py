@@ -15,6 +15,7 @@ from runtime import store_file
 from runtime.checkpoint import Checkpoint, StoreError, identity
 from runtime.family import ExpertWeights
 from runtime.quantize import ExpertLayout, pack_into
+from runtime.repack import Order
 from runtime.rows import ALIGNMENT, ExpertRows, SlotPool, aligned, available_memory
 from runtime.skeleton import moe_blocks
 from traces.vocabulary import GROUP_SIZE, ExpertId, ModelSpec
@@ -81,6 +82,7 @@ class HostStore(ExpertRows):
         *,
         group_size: int = GROUP_SIZE,
         optimize: bool = True,
+        order: Order = "hqq",
         progress: bool = True,
         path: Path | None = None,
         verify: bool | None = None,
@@ -91,6 +93,7 @@ class HostStore(ExpertRows):
 
         Args:
             bits: of all layers, or one width for each.
+            order: of the codes in their words; what is computed does not depend on it, how fast does.
             progress: a bar on standard error once it takes more than two seconds.
             path: where the store is kept: mapped if it is there, else built there, going on where a killed build
                 stopped, and named when finished. None builds in memory.
@@ -101,12 +104,13 @@ class HostStore(ExpertRows):
                 that is another store, or too little memory.
             ValueError: a layout that cannot be.
         """
-        layouts = layouts_of(spec, bits, group_size)
+        layouts = layouts_of(spec, bits, group_size, order)
+        packing: Any = {"bits": bits, "group_size": group_size, "optimize": optimize, "order": order}
         with Checkpoint(Path(model_dir)) as checkpoint:
             checkpoint.check(spec)
             source = checkpoint.identity() if path is not None else ""
             if path is not None and path.exists():
-                return cls.open(path, spec, source, bits=bits, group_size=group_size, optimize=optimize, verify=verify)
+                return cls.open(path, spec, source, verify=verify, **packing)
             check_memory(spec, layouts)
             store, log = cls._begin(spec, layouts, optimize, path, source)
             try:
@@ -127,6 +131,7 @@ class HostStore(ExpertRows):
         *,
         group_size: int = GROUP_SIZE,
         optimize: bool = True,
+        order: Order = "hqq",
         progress: bool = True,
         path: Path | None = None,
         verify: bool | None = None,
@@ -136,13 +141,14 @@ class HostStore(ExpertRows):
         Raises:
             As `build`.
         """
-        layouts = layouts_of(spec, bits, group_size)
+        layouts = layouts_of(spec, bits, group_size, order)
+        packing: Any = {"bits": bits, "group_size": group_size, "optimize": optimize, "order": order}
         blocks = moe_blocks(model)
         if len(blocks) != spec.num_layers:
             raise StoreError(f"the model has {len(blocks)} MoE layers, but {spec.name} has {spec.num_layers}")
         source = identity(model) if path is not None else ""
         if path is not None and path.exists():
-            store = cls.open(path, spec, source, bits=bits, group_size=group_size, optimize=optimize, verify=verify)
+            store = cls.open(path, spec, source, verify=verify, **packing)
             for block in blocks:
                 _free(block.experts)
             return store
@@ -173,13 +179,14 @@ class HostStore(ExpertRows):
         bits: int | Sequence[int] | None = None,
         group_size: int | None = None,
         optimize: bool | None = None,
+        order: Order | None = None,
         verify: bool | None = None,
     ) -> HostStore:
         """Map a finished store.
 
         Args:
             source: identity of the model it must be of (`Checkpoint.identity` or `runtime.checkpoint.identity`).
-            bits, group_size, optimize: what it must be, where given.
+            bits, group_size, optimize, order: what it must be, where given.
             verify: compare the sha256 of all rows (True), or header and size only (False); None hashes up to
                 ``store_file.VERIFY_UP_TO`` bytes.
 
@@ -198,7 +205,10 @@ class HostStore(ExpertRows):
         if optimize is not None:
             wanted["optimize"] = optimize
         store_file.check_identity(path, header, wanted)
-        layouts = layouts_of(spec, header["bits"], header["group_size"])
+        if order is not None:
+            there = order_of(layouts_of(spec, header["bits"], header["group_size"], order))
+            store_file.check_identity(path, header, {"order": there})
+        layouts = layouts_of(spec, header["bits"], header["group_size"], header["order"])
         largest = max(layout.expert_bytes for layout in layouts)
         store_file.check_identity(path, header, {"row_bytes": aligned(largest)})
         fd, verified = store_file.map_rows(path, header, largest, verify)
@@ -268,6 +278,7 @@ def _identity(spec: ModelSpec, layouts: list[ExpertLayout], optimize: bool, sour
         "bits": [layout.bits for layout in layouts],
         "group_size": layouts[0].group_size,
         "optimize": optimize,
+        "order": order_of(layouts),
         "row_bytes": aligned(max(layout.expert_bytes for layout in layouts)),
     }
 
@@ -286,14 +297,21 @@ def widths_of(spec: ModelSpec, bits: int | Sequence[int]) -> list[int]:
     return widths
 
 
-def layouts_of(spec: ModelSpec, bits: int | Sequence[int], group_size: int = GROUP_SIZE) -> list[ExpertLayout]:
+def order_of(layouts: Sequence[ExpertLayout]) -> Order:
+    """The order of codes of a store; layers that have only one order do not count."""
+    return "rows" if any(layout.order == "rows" for layout in layouts) else "hqq"
+
+
+def layouts_of(
+    spec: ModelSpec, bits: int | Sequence[int], group_size: int = GROUP_SIZE, order: Order = "hqq"
+) -> list[ExpertLayout]:
     """Layout of each layer.
 
     Raises:
         ValueError: as `widths_of` and `ExpertLayout`.
     """
     widths = widths_of(spec, bits)
-    made = {width: ExpertLayout.of(spec, width, group_size) for width in widths}
+    made = {width: ExpertLayout.of(spec, width, group_size, order) for width in widths}
     return [made[width] for width in widths]
 
 

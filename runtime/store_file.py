@@ -25,7 +25,7 @@ from runtime.checkpoint import StoreError
 from runtime.rows import ExpertRows
 
 MAGIC = b"EXPERTS1"
-VERSION = 1
+VERSION = 2
 VERIFY_UP_TO = 4_000_000_000  # bytes of rows that are hashed on every start unless told otherwise
 REBUILD = "remove it, or name another file, to build it again"
 _NAMES = {
@@ -35,6 +35,7 @@ _NAMES = {
     "bits": "bits per layer",
     "group_size": "group size",
     "optimize": "quantization way",
+    "order": "order of codes (rows on a GPU with triton, else hqq)",
     "row_bytes": "row size",
 }
 

@@ -101,11 +101,17 @@ def _product(
 
 
 @triton.jit
+def _add_bias(acc, biases, row, row_mask):
+    return acc + tl.load(biases + row, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
 def gate_up(
     out,
     codes,
     scale,
     zero,
+    biases,
     x,
     M,
     N: tl.constexpr,
@@ -115,35 +121,46 @@ def gate_up(
     V: tl.constexpr,
     ROWS: tl.constexpr,
     ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BIASED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """out [M, N] = act(x @ gate.T) * (x @ up.T); gate and up stand behind each other."""
+    """out [M, N] = the gated product of x @ gate.T and x @ up.T; gate and up stand behind each other, biases too."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     G: tl.constexpr = N * (K // g)
     WORDS: tl.constexpr = (G + V - 1) // V * g
     gate = _product(codes, scale, zero, x, row, token, M, N, K, g, BITS, V, ROWS, BM, BN, DOT)
     up = _product(codes + WORDS, scale + G, zero + G, x, row, token, M, N, K, g, BITS, V, ROWS, BM, BN, DOT)
+    if BIASED:
+        gate = _add_bias(gate, biases, row, row < N)
+        up = _add_bias(up, biases + N, row, row < N)
     if ACT == "silu":
         gate = gate * tl.sigmoid(gate)
     elif ACT == "gelu":
         gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     elif ACT == "gelu_tanh":
         gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    elif ACT == "clamped":
+        gate = tl.minimum(gate, LIMIT)
+        gate = gate * tl.sigmoid(gate * ALPHA)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
     else:
         gate = tl.maximum(gate, 0.0)
     mask = (token < M)[:, None] & (row < N)[None, :]
     tl.store(out + token[:, None] * N + row[None, :], gate * up, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down(
     out,
     codes,
     scale,
     zero,
+    biases,
     x,
     M,
     N: tl.constexpr,
@@ -152,13 +169,16 @@ def down(
     BITS: tl.constexpr,
     V: tl.constexpr,
     ROWS: tl.constexpr,
+    BIASED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """out [M, N] = x @ down.T."""
+    """out [M, N] = x @ down.T, plus biases."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     product = _product(codes, scale, zero, x, row, token, M, N, K, g, BITS, V, ROWS, BM, BN, DOT)
+    if BIASED:
+        product = _add_bias(product, biases, row, row < N)
     mask = (token < M)[:, None] & (row < N)[None, :]
     tl.store(out + token[:, None] * N + row[None, :], product.to(out.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ pytest.importorskip("hqq", reason="the runtime extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from small_models import CONFIGS, small_model  # noqa: E402
 
-from runtime import models, store  # noqa: E402
+from runtime import models, store, store_file  # noqa: E402
 from runtime.checkpoint import Checkpoint, identity  # noqa: E402
 from runtime.quantize import dequantize, pack, views  # noqa: E402
 from runtime.store import HostStore, StoreError, check_memory, layouts_of  # noqa: E402
@@ -195,6 +195,40 @@ def test_other_truncated_and_damaged_stores_are_refused(checkpoints, tmp_path):
     with pytest.raises(StoreError, match="is damaged"):
         build(checkpoints, path)
     build(checkpoints, path, verify=False).close()
+
+
+def test_a_store_says_the_order_of_its_codes_and_another_is_refused(checkpoints, tmp_path):
+    """Weights, sizes and scales are the same in both; with one value a word there is one order, whoever asks."""
+    path = tmp_path / "tiny.store"
+    with (
+        build(checkpoints, path, bits=[4, 3, 8], order="rows") as rows,
+        build(checkpoints, tmp_path / "other", bits=[4, 3, 8]) as hqq,
+    ):
+        assert store_file.read_header(path)["order"] == "rows"
+        assert [layout.order for layout in rows.layouts] == ["rows", "rows", "hqq"]
+        assert path.stat().st_size == (tmp_path / "other").stat().st_size + len("rows") - len("hqq")
+        for index in range(rows.count):
+            layer = index // SPEC.num_experts
+            one, other = (views(s.row(index)[: s.layouts[layer].expert_bytes], s.layouts[layer]) for s in (rows, hqq))
+            assert all(map(torch.equal, dequantize(one), dequantize(other)))
+            assert torch.equal(one.codes, other.codes) == (layer == 2)
+    with pytest.raises(StoreError, match=r"order of codes \(rows on a GPU .* else hqq\) 'rows', not 'hqq'; remove it"):
+        build(checkpoints, path, bits=[4, 3, 8])
+    with HostStore.open(path, SPEC) as found:  # whoever does not mind finds out
+        assert found.layouts[0].order == "rows"
+    eight = tmp_path / "eight.store"
+    build(checkpoints, eight, bits=8).close()
+    with build(checkpoints, eight, bits=8, order="rows") as found:
+        assert found.layout.order == "hqq"
+
+
+def test_a_store_of_the_first_version_is_refused(checkpoints, tmp_path):
+    """It does not say the order of its codes."""
+    path = tmp_path / "tiny.store"
+    build(checkpoints, path).close()
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 1'))
+    with pytest.raises(StoreError, match=r"has format version 1, not 2; remove it, or name another file"):
+        build(checkpoints, path)
 
 
 def test_a_killed_build_goes_on_where_it_stopped(checkpoints, tmp_path):

@@ -92,11 +92,11 @@ def test_generate_is_unchanged(model_dir, store, expected, way, policy, slots) -
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("policy", ["speculative", "on_demand", "mixtral_offloading"])
-def test_on_cuda_outputs_do_not_depend_on_the_slots(model_dir, store, policy) -> None:
+def test_on_cuda_outputs_do_not_depend_on_the_slots(model_dir, tmp_path, policy) -> None:
     """Batches, greedy."""
     texts = []
     for slots in (6, 2):
-        model = offloaded(model_dir, store, device="cuda", link_gb_s=None, policy=policy, slots=slots)
+        model = offloaded(model_dir, tmp_path / "store", device="cuda", link_gb_s=None, policy=policy, slots=slots)
         inputs = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in WAYS["batch"].items()}
         texts.append(model.generate(**inputs, max_new_tokens=10, pad_token_id=0).cpu())
         model.offload_close()

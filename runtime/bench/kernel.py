@@ -11,8 +11,8 @@ from runtime import forced, kernels
 from runtime.bench.book import Book, UnavailableError
 from runtime.bench.conditions import graph_seconds, seconds, wall_seconds
 from runtime.devices import Device
+from runtime.family import ActGate, ClampedGate, Gated
 from runtime.quantize import ExpertLayout, ExpertViews, Workspace, forward, views
-from runtime.repack import reorder
 from runtime.store import ExpertRows
 
 AIM = 0.70  # share of the measured copy bandwidth at one token
@@ -20,19 +20,20 @@ ROTATED = 320 << 20  # bytes of different experts taken in turn: more than any c
 
 
 class Sizes(NamedTuple):
-    """``shapes``: hidden and expert size by name; what is measured, the most wanted first; ``copy``: bytes."""
+    """``shapes``: by name hidden and expert size, biases, and the gated activation; what is measured, the most wanted
+    first; ``copy``: bytes."""
 
-    shapes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[int, int, int, Gated]]
     bits: tuple[int, ...]
     tokens: tuple[int, ...]
     copy: int
     repeats: int
 
 
-FULL = Sizes(
-    {"mixtral": (4096, 14336), "gpt-oss": (2880, 2880)}, (4, 3, 2, 8, 16), (1, 16, 4, 64, 2, 8, 32), 1 << 30, 20
-)
-SMOKE = Sizes({"mixtral": (64, 64)}, (4, 16), (1, 3), 1 << 16, 1)
+SILU = ActGate(torch.nn.SiLU())
+SHAPES = {"mixtral": (4096, 14336, 0, SILU), "gpt-oss": (2880, 2880, 3 * 2880, ClampedGate(1.702, 7.0))}
+FULL = Sizes(SHAPES, (4, 3, 2, 8, 16), (1, 16, 4, 64, 2, 8, 32), 1 << 30, 20)
+SMOKE = Sizes({"mixtral": (64, 64, 0, SILU)}, (4, 16), (1, 3), 1 << 16, 1)
 
 
 def run(book: Book, device: Device, smoke: bool) -> None:
@@ -44,9 +45,12 @@ def run(book: Book, device: Device, smoke: bool) -> None:
     made: dict[ExpertLayout, list[ExpertViews]] = {}
     cells = [(s, b, n) for n in sizes.tokens for s in sizes.shapes for b in sizes.bits]
     for shape, bits, tokens in cells:
-        layout = ExpertLayout(*sizes.shapes[shape], bits)
+        hidden, inner, biases, gated = sizes.shapes[shape]
+        layout = ExpertLayout(hidden, inner, bits, biases=biases, order="rows")
         name = f"kernels/{shape}/{bits}b/{tokens}"
-        row = book.cell(name, lambda x=layout, n=tokens: measure(place, x, n, sizes.repeats, rate, made), needs_s=2.0)
+        row = book.cell(
+            name, lambda x=layout, g=gated, n=tokens: measure(place, x, g, n, sizes.repeats, rate, made), needs_s=2.0
+        )
         if row:
             book.say(f"{name}: {told(row)}")
     aims = {}
@@ -85,6 +89,7 @@ def copy_rate(place: torch.device, size: int) -> dict[str, Any]:
 def measure(
     place: torch.device,
     layout: ExpertLayout,
+    gated: Gated,
     tokens: int,
     repeats: int,
     rate: float | None,
@@ -102,9 +107,6 @@ def measure(
         made[layout] = random_experts(place, layout, count)
     experts = made[layout]
     workspace = Workspace(layout, dtype, place)
-
-    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.silu(gate) * up
 
     turns = [0]
 
@@ -126,7 +128,7 @@ def by_kernel(
     layout: ExpertLayout,
     experts: list[ExpertViews],
     x: torch.Tensor,
-    gated: Any,
+    gated: Gated,
     repeats: int,
     rate: float | None,
 ) -> dict[str, Any]:
@@ -137,13 +139,13 @@ def by_kernel(
     """
     if place.type == "cpu" and not kernels.interpreted():
         raise UnavailableError("Triton kernels need a GPU, or TRITON_INTERPRET=1 set before the start")
-    turns = [0]
+    turns, act = [0], kernels.activation(gated)
 
     def kernel() -> None:
         turns[0] += 1
-        kernels.forward(experts[turns[0] % len(experts)], x, "silu", "rows")
+        kernels.forward(experts[turns[0] % len(experts)], x, act)
 
-    got = kernels.forward(experts[0], x, "silu", "rows")
+    got = kernels.forward(experts[0], x, act)
     error = relative_error(got, experts[0], x, gated)
     row: dict[str, Any] = {"error": error, "kernel_wall_s": wall_seconds(place, kernel, repeats), "timed_by": "events"}
     row["kernel_s"] = seconds(place, kernel, repeats)
@@ -156,14 +158,9 @@ def by_kernel(
     return row | {"gb_s": reached, "share_of_copy": reached / rate if rate else None}
 
 
-def relative_error(got: torch.Tensor, expert: ExpertViews, x: torch.Tensor, gated: Any) -> float:
-    """Against float32 products of the dequantized weights; the expert's codes are put into HQQ's order for that."""
-    buffer = expert.codes.untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(buffer)  # the rows of one buffer each
-    start = expert.codes.storage_offset() * expert.codes.element_size()
-    same = views(whole[start : start + expert.layout.expert_bytes].clone(), expert.layout)
-    reorder(same, "rows", "hqq")
-    expected = forward(same, x.float(), gated, Workspace(expert.layout, torch.float32, x.device))
+def relative_error(got: torch.Tensor, expert: ExpertViews, x: torch.Tensor, gated: Gated) -> float:
+    """Against float32 products of the dequantized weights."""
+    expected = forward(expert, x.float(), gated, Workspace(expert.layout, torch.float32, x.device))
     return float((got.float() - expected).norm() / expected.norm())
 
 

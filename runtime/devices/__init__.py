@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from runtime.copier import BaseCopier
+from runtime.repack import Order
 
 
 class DeviceError(ValueError):
@@ -43,6 +44,7 @@ class Device(ABC):
     Attributes:
         name: its file's.
         torch_device: where the model's dense weights and activations are.
+        fused: experts are multiplied straight from their slots (`runtime.kernels`), their codes in the order "rows".
 
     Raises:
         DeviceError: the machine has none; one sentence.
@@ -50,6 +52,12 @@ class Device(ABC):
 
     name: ClassVar[str]
     torch_device: torch.device
+    fused: bool = False
+
+    @property
+    def order(self) -> Order:
+        """The order of codes in which a store serves this device best."""
+        return "rows" if self.fused else "hqq"
 
     @abstractmethod
     def slots(self, num_slots: int, expert_bytes: int) -> Slots:
@@ -76,6 +84,10 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Return when everything given to the device so far is done."""
+
+    @abstractmethod
+    def to_host(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Small tensors of the device, in the host's memory: one copy, one wait. Read them before the next call."""
 
     @abstractmethod
     def mark(self) -> object | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from runtime import kernels
 from runtime.copier import BaseCopier
 from runtime.cuda_copier import CudaStream, ThreadCopier
 from runtime.devices import Device, DeviceError
-from runtime.store import ALIGNMENT
+from runtime.rows import ALIGNMENT, ExpertRows, available_memory
 
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context
 
@@ -55,6 +56,37 @@ class TensorSlots:
         self.close()
 
 
+class Staging:
+    """Brings small tensors to the host together: packed on the device, one copy, one wait.
+
+    Args:
+        wait: return when what was given to the device is done.
+        pin: take page-locked memory; into pageable memory the copy would not be asynchronous.
+    """
+
+    def __init__(self, wait: Callable[[], None], pin: bool = True) -> None:
+        self._wait = wait
+        self._pin = pin
+        self._here = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of the same types and shapes, valid until the next call."""
+        wide_first = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # so that all are aligned
+        packed = torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in wide_first])
+        if len(packed) > len(self._here):
+            with torch.inference_mode(False):  # else it could not be written outside of inference mode
+                self._here = torch.empty(len(packed), dtype=torch.uint8, pin_memory=self._pin)
+        self._here[: len(packed)].copy_(packed, non_blocking=True)
+        self._wait()
+        found = {}
+        start = 0
+        for i in wide_first:
+            end = start + tensors[i].nbytes
+            found[i] = self._here[start:end].view(tensors[i].dtype).view(tensors[i].shape)
+            start = end
+        return [found[i] for i in range(len(tensors))]
+
+
 class CudaDevice(Device):
     name = "cuda"
 
@@ -62,6 +94,8 @@ class CudaDevice(Device):
         if not torch.cuda.is_available():
             raise DeviceError("device cuda was asked for, but torch finds no CUDA device; choose device cpu")
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.fused = kernels.available()
+        self._staging = Staging(lambda: torch.cuda.current_stream(self.torch_device).synchronize())
 
     def slots(self, num_slots: int, expert_bytes: int) -> TensorSlots:
         slots = TensorSlots(num_slots, expert_bytes, self.torch_device)
@@ -70,8 +104,7 @@ class CudaDevice(Device):
 
     @contextmanager
     def hold(self, store: Any) -> Iterator[None]:
-        first = store.row(0)
-        with page_locked(torch.cuda.cudart(), first.data_ptr(), store.count * store.row_bytes, self._forget_error):
+        with page_locked(torch.cuda.cudart(), store, self._forget_error):
             yield
 
     def _forget_error(self) -> None:
@@ -96,6 +129,9 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
+    def to_host(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return self._staging(tensors)
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.torch_device))
@@ -109,18 +145,36 @@ class CudaDevice(Device):
 
 
 @contextmanager
-def page_locked(cudart: Any, address: int, size: int, refused: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Host memory the copy engine reads directly, for as long as this is entered.
+def page_locked(cudart: Any, store: Any, refused: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Have the copy engine read ``store``'s memory directly, for as long as this is entered.
 
-    ``cudart`` is ``torch.cuda.cudart()``. Where the system refuses (usually a limit on locked memory), ``refused`` is
-    called, the memory stays pageable and a UserWarning states the cost.
+    Mapped pages that the system refuses to lock are copied once into memory that it locks, if there is room. Where it
+    refuses that too, the memory stays as it is and a UserWarning states the cost.
+
+    Args:
+        cudart: ``torch.cuda.cudart()``.
+        store: `runtime.rows.ExpertRows`.
+        refused: called after every refusal.
 
     Raises:
         DeviceError: on leaving, the memory could not be released.
     """
-    error = int(cudart.cudaHostRegister(address, size, _PORTABLE))
+    size = store.count * store.row_bytes
+
+    def lock(rows: Any) -> int:
+        error = int(cudart.cudaHostRegister(rows.row(0).data_ptr(), size, _PORTABLE))
+        if error:
+            refused()
+        return error
+
+    locked = store
+    error = lock(store)
+    if error and store.mapped and size <= (available_memory() or 0):
+        locked = ExpertRows(store.count, store.expert_bytes, touch=False)
+        error = lock(locked)  # before anything is copied: a limit on locked memory refuses it as well
     if error:
-        refused()
+        if locked is not store:
+            locked.close()
         # Copying from pageable memory: 7-10 GB/s, by published measurements, and the CPU does half of it.
         warnings.warn(
             f"the system refused to page-lock {size / 1e9:.2f} GB of expert memory (CUDA error {error}); copies from "
@@ -130,7 +184,10 @@ def page_locked(cudart: Any, address: int, size: int, refused: Callable[[], None
         )
         yield
         return
+    address = locked.row(0).data_ptr()
     try:
+        if locked is not store:
+            store.move_to(locked)
         yield
     finally:
         error = int(cudart.cudaHostUnregister(address))

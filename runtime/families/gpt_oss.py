@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from runtime.family import Family, Gated
+from runtime.family import ClampedGate, Family, Gated
 
 
 class GptOss(Family):
@@ -13,14 +13,7 @@ class GptOss(Family):
     STORED_AS = ("mxfp4",)
 
     def gated(self, experts: torch.nn.Module) -> Gated:
-        """(up + 1) * gate * sigmoid(alpha * gate), gate clamped from above and up from both sides."""
-        alpha, limit = experts.alpha, experts.limit
-
-        def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            gate = gate.clamp(max=limit)
-            return (up.clamp(-limit, limit) + 1) * (gate * torch.sigmoid(gate * alpha))
-
-        return product
+        return ClampedGate(experts.alpha, experts.limit)
 
     def fused(self, parts: Mapping[str, Any], name: str, expert: int) -> torch.Tensor:
         """As stored, or decoded from blocks of 32 four-bit floats [rows, H/32, 16] with an exponent each."""

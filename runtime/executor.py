@@ -166,6 +166,8 @@ class Executor:
         self._starts_sequence = self._starts_sequence or not context
         self._busy_before = self.copier.stats().busy_ns
         self._mark = self._pass_start = time.monotonic_ns()
+        if self.gates and not context:
+            self.gates.start(batch)
         if self.recorder:
             if not context:
                 self.recorder.start_sequences(batch, domain)
@@ -235,6 +237,8 @@ class Executor:
         id_rows = ids.tolist()
         before_gates = time.monotonic_ns()
         scores = self.gates.scores(layer, hidden, ids) if self.gates and (looks or self._record_all) else None
+        if self.gates:
+            self.gates.saw(layer, hidden)
         guesses = merged_guesses(scores) if scores is not None and looks else []
         known = time.monotonic_ns()
         experts, counts = router_order(id_rows)

@@ -178,7 +178,7 @@ def test_packing_rounds_once(model, tmp_path) -> None:
     path = tmp_path / "g.safetensors"
     header = json.dumps(gate_file(model).header)
     save_file({n: t for n, t in once.items() if n != "spread.0"}, path, {"gates": header})
-    with pytest.raises(GateError, match="lacks the tensor 'spread.0'"):
+    with pytest.raises(GateError, match=r"lacks the tensor 'spread\.0'"):
         gates.load(path)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the engine needs the 
 
 from runtime import activations, align, corpus, fit, gates, gates_report, models, record, train  # noqa: E402 (after the check above)
 from runtime.fit import LOSSES, Fitting, Sample, Scales  # noqa: E402
-from runtime.lookahead import LADDER, Heads, Trunk  # noqa: E402
+from runtime.lookahead import LADDER, UNTRAINED, Heads, Trunk  # noqa: E402
 
 LAYERS, EXPERTS, HIDDEN = 3, 4, 64
 
@@ -205,6 +209,28 @@ def test_align_then_record(model_dir, text, tmp_path, capsys) -> None:
     trace = record.record(model_dir, [record.prompts.Prompt("def f1(a", "code")], 4, lookahead=2,
                           predictors=asked, gates_file=outs[0])  # fmt: skip
     assert tuple(trace.guesses) == tuple(LADDER)
+
+
+def test_the_readmes_three_commands(model_dir, text, tmp_path, monkeypatch, capsys) -> None:
+    """Align, record with every rung, simulate with each: as the README shows them, at tiny size."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "runtime.align" in b)
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    assert [words[2] for words in lines] == ["runtime.align", "runtime.record", "sim.run"]
+    tiny = {
+        "runtime.align": "--tokens 2560 --held-out-tokens 512 --width 4 --epochs 1",
+        "runtime.record": "--sequences 1 --tokens 4 --prompt-bytes 16",
+        "sim.run": "--slots 2",
+    }
+    monkeypatch.chdir(tmp_path)
+    for words in lines:
+        given = [str(text) if word == "FILES" else word for word in words[3:]]
+        model = [] if words[2] == "sim.run" else ["--model", str(model_dir)]
+        monkeypatch.setattr(sys, "argv", [words[2], *given, *model, *tiny[words[2]].split()])
+        assert importlib.import_module(words[2]).main() == 0
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    trained = [r for r in LADDER if r not in UNTRAINED and r != "router_mean"]
+    assert [r["predictor"] for r in runs if r["predictor"]] == ["router", *trained]
 
 
 def test_bad_input_is_one_sentence(model_dir, text, tmp_path, capsys) -> None:

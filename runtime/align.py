@@ -4,8 +4,8 @@
 
 Every head (layer l, distance d) learns by itself to say what the frozen router of layer l + d says, from the input of
 layer l's router; the model's weights are only read. Resumable: the same command again goes on from ``OUT.work``, which
-is removed at the end. In memory at once: the quantized model, or one layer's inputs and targets, 2 H + D (2 H + 2 E + K)
-bytes a training token; the other layers' wait on disk.
+is removed at the end. In memory at once: the quantized model, or one layer's inputs and targets, 2 H + D (2 H + 2 E +
+K) bytes a training token; the other layers' wait on disk.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 A gates file is a safetensors file. Tensors, for MoE layers l from 0 to the last but one, D = min(lookahead,
 layers - 1 - l): ``router_mean.l.bias`` [D, E]; ``aligned.l.weight`` [D, E, H], ``aligned.l.bias`` [D, E];
 ``mlp.l.down`` [R, H], ``mlp.l.bias`` [R], ``mlp.l.up`` [D * E, R]; ``context.l.weight`` [D, E, H],
-``context.l.before`` [D, E, H], ``context.l.bias`` [D, E], ``context.l.up`` [D * E, R]; and, of every layer,
-``spread.l`` [H]. All are float16 but those in `PACKED`: int8, with the float16 factor of every row in a tensor of that name plus
-``.scale``. What multiplies a layer's router input was multiplied by that layer's spread (`runtime.fit.spread`) before
-it was packed, so that what is rounded weighs alike. The header's ``gates`` is a JSON object: ``format`` 2, ``model``
-(its name), ``routers_sha256`` (`routers_sha256`), ``lookahead``, ``temperature`` (by rung, [l][d - 1]), and what made
-it: bits, corpus, tokens, seed, loss, recall by rung.
+``context.l.before`` [D, E, H], ``context.l.bias`` [D, E], ``context.l.up`` [D * E, R]; and ``spread.l`` [H], of the
+last layer too. All are float16 but those in `PACKED`: int8, with the float16 factor of every row in a tensor of that
+name plus ``.scale``. What multiplies a layer's router input was multiplied by that layer's spread
+(`runtime.fit.spread`) before it was packed, so that what is rounded weighs alike. The header's ``gates`` is a JSON
+object: ``format`` 2, ``model`` (its name), ``routers_sha256`` (`routers_sha256`), ``lookahead``, ``temperature`` (by
+rung, [l][d - 1]), and what made it: bits, corpus, tokens, seed, loss, recall by rung.
 """
 
 from __future__ import annotations

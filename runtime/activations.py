@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from runtime import models
+from runtime import family, models
 from runtime.engine import Engine
 from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import options
@@ -67,22 +68,48 @@ def windows(blocks_of: Sequence[Sequence[bytes]], tokenizer: Any, tokens: int, l
     return [cut[i] for i in range(most) for cut in found if i < len(cut)]
 
 
+class Table:
+    """An array [L, N, ...] in a file; a layer of it is mapped while it is looked at, and no longer."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.shape = path, np.dtype(dtype), shape
+
+    def __getitem__(self, layer: int) -> npt.NDArray[Any]:
+        """[N, ...], read-only."""
+        offset = layer * self._bytes(self.shape[1])
+        return np.memmap(self.path, self.dtype, "r", offset, self.shape[1:])
+
+    def write(self, layer: int, start: int, rows: npt.NDArray[Any]) -> None:
+        """``rows`` [n, ...] from row ``start`` on."""
+        with self.path.open("r+b") as file:
+            file.seek(layer * self._bytes(self.shape[1]) + self._bytes(start))
+            file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
+
+    def blank(self) -> None:
+        """A file of this size without content."""
+        with self.path.open("wb") as file:
+            file.truncate(self.shape[0] * self._bytes(self.shape[1]))
+
+    def _bytes(self, rows: int) -> int:
+        return rows * math.prod(self.shape[2:]) * self.dtype.itemsize
+
+
 class Activations:
-    """What the routers of a model saw and said, in a folder: memory-mapped, so that a layer at a time is in memory.
+    """What the routers of a model saw and said, in a folder.
 
     Attributes:
         inputs: router inputs, float16 [L, N, H].
-        logits: router logits, float16 [L, N, E].
+        logits: what routers rank by (their logits; `runtime.family.Family.preference`), float16 [L, N, E].
         ids: routed experts in router order, uint8 (uint16 from 256 experts) [L, N, K].
         domain: of every token, uint8 [N].
         first: whether a token is the first of its window, bool [N].
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int, int, int], mode: str = "r") -> None:
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int, int]) -> None:
         layers, tokens, hidden, experts, top_k = shape
-        self.inputs = _mapped(folder / "inputs.bin", np.float16, (layers, tokens, hidden), mode)
-        self.logits = _mapped(folder / "logits.bin", np.float16, (layers, tokens, experts), mode)
-        self.ids = _mapped(folder / "ids.bin", id_dtype(experts), (layers, tokens, top_k), mode)
+        self.inputs = Table(folder / "inputs.bin", np.float16, (layers, tokens, hidden))
+        self.logits = Table(folder / "logits.bin", np.float16, (layers, tokens, experts))
+        self.ids = Table(folder / "ids.bin", id_dtype(experts), (layers, tokens, top_k))
         self.domain = np.zeros(tokens, np.uint8)
         self.first = np.zeros(tokens, bool)
 
@@ -90,13 +117,9 @@ class Activations:
     def num_tokens(self) -> int:
         return len(self.domain)
 
-    def flush(self) -> None:
-        for table in (self.inputs, self.logits, self.ids):
-            table.flush()
-
-
-def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], mode: str) -> np.memmap[Any, Any]:
-    return np.memmap(path, dtype, "r+" if mode == "w" and path.is_file() else mode + "+" * (mode == "w"), shape=shape)
+    @property
+    def tables(self) -> tuple[Table, Table, Table]:
+        return self.inputs, self.logits, self.ids
 
 
 def collect(model_dir: Path, texts: Sequence[Window], bits: int, folder: Path, progress: bool = True) -> Activations:
@@ -116,22 +139,20 @@ def collect(model_dir: Path, texts: Sequence[Window], bits: int, folder: Path, p
     state = folder / "done.json"
     known = json.loads(state.read_text()) if state.is_file() else {}
     done = int(known["windows"]) if known.get("key") == key else 0
+    found = Activations(folder, shape)
     if not done:
-        for name in ("inputs.bin", "logits.bin", "ids.bin"):
-            (folder / name).unlink(missing_ok=True)
-    found = Activations(folder, shape, "w")
+        for table in found.tables:
+            table.blank()
     ends = np.cumsum([len(w.tokens) for w in texts])
     found.domain[:] = np.repeat([w.domain for w in texts], [len(w.tokens) for w in texts])
     found.first[np.append(0, ends[:-1])] = True
     if done < len(texts):
         for number, visits in enumerate(_passes(model_dir, texts[done:], bits, progress), done):
-            rows = slice(int(ends[number]) - len(texts[number].tokens), int(ends[number]))
-            for layer, (hidden, logits, ids) in enumerate(visits):
-                found.inputs[layer, rows] = hidden
-                found.logits[layer, rows] = logits
-                found.ids[layer, rows] = ids
+            start = int(ends[number]) - len(texts[number].tokens)
+            for layer, seen in enumerate(visits):
+                for table, rows in zip(found.tables, seen, strict=True):
+                    table.write(layer, start, rows)
             if number % 64 == 63 or number == len(texts) - 1:
-                found.flush()
                 _replace(state, json.dumps({"key": key, "windows": number + 1}))
     return found
 
@@ -145,9 +166,12 @@ def _passes(model_dir: Path, texts: Sequence[Window], bits: int, progress: bool)
     with Engine(model_dir, bits=bits, slots=spec.num_experts, options=options("on_demand"), machine=UNPACED) as engine:
         seen: list[Seen] = []
 
+        of = family.of(engine.model.config.model_type)
+
         def keep(module: torch.nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             hidden = inputs[0].flatten(0, -2).float().numpy().astype(np.float16)
-            seen.append((hidden, output[0].float().numpy().astype(np.float16), output[2].numpy().copy()))
+            ranked_by = of.preference(module, output[0].float()).numpy().astype(np.float16)
+            seen.append((hidden, ranked_by, output[2].numpy().copy()))
 
         handles = [b.router.register_forward_hook(keep) for b in models.moe_blocks(engine.model)]
         bar = tqdm(

@@ -4,8 +4,8 @@
 
 Every head (layer l, distance d) learns by itself to say what the frozen router of layer l + d says, from the input of
 layer l's router; the model's weights are only read. Resumable: the same command again goes on from ``OUT.work``, which
-is removed at the end. In memory at once: the quantized model, and one layer's inputs and targets, 4 (H + D E) bytes a
-training token; the other layers' wait on disk.
+is removed at the end. In memory at once: the quantized model, or one layer's inputs and targets, 2 H + D (2 H + 2 E +
+K) bytes a training token; the other layers' wait on disk.
 """
 
 from __future__ import annotations
@@ -17,60 +17,63 @@ import os
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from runtime import activations, corpus, gates, models, provenance
+from runtime import activations, corpus, fit, gates, models, provenance
 from runtime.activations import Activations, collect, windows
 from runtime.copier import CopierError
-from runtime.fit import LOSSES, Fitting, add_trunk, align, calibration_error, half, recall, sample, temperatures
+from runtime.fit import LOSSES, Fitting, Scales, calibration_error, recall, sample, temperatures
 from runtime.gates import GateFile
-from runtime.lookahead import LADDER, UNTRAINED, Heads, LinearGates, inclusion, norm_heads, router_heads
+from runtime.lookahead import LADDER, UNTRAINED, ContextGates, Heads, LinearGates, inclusion, norm_heads, router_heads
 from traces.cli import Parser
 
-VALIDATED = 8  # every 8th training window is not trained on: early stopping, keeping, temperatures
+VALIDATED = 8  # every 8th training window is not trained on: keeping, temperatures
 LOOKAHEAD = 4
+TOKENS, HELD_OUT_TOKENS = 270_000, 36_000
+WIDTH = 40
 TRAINED = tuple(r for r in LADDER if r not in UNTRAINED)
 
 
 def fit_layer(
-    found: Activations, layer: int, distances: int, starts: list[Heads], how: Fitting, width: int
+    found: Activations, layer: int, distances: int, starts: list[Heads], how: Fitting, width: int, scales: Scales
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Tensors of one layer's trained rungs, and by distance which start its aligned head kept (-1: none)."""
-    held_rows = torch.from_numpy(_validated(found))
-    train = sample(found, layer, distances, torch.nonzero(~held_rows)[:, 0])
-    held = sample(found, layer, distances, torch.nonzero(held_rows)[:, 0])
+    validated = _validated(found)
+    train = sample(found, layer, distances, ~validated)
+    held = sample(found, layer, distances, validated)
     norm = starts[0]
     change = [
-        torch.nn.functional.linear(train.hidden.mean(0), -norm.weight[d]) + train.logits[:, d].mean(0)
+        torch.nn.functional.linear(train.hidden.float().mean(0), -norm.weight[d]) + train.logits[:, d].float().mean(0)
         for d in range(distances)
     ]  # router . mean(input of l + d - scaled input of l), as the router is linear
-    mean = half(Heads(norm.weight, torch.stack(change)))
-    heads, kept = align(train, held, [mean, *starts], how, layer)
-    assert mean.bias is not None and heads.bias is not None
-    tensors = {
-        f"router_mean.{layer}.bias": mean.bias,
-        f"aligned.{layer}.weight": heads.weight,
-        f"aligned.{layer}.bias": heads.bias,
-    }
+    mean = Heads(norm.weight, scales.saved("router_mean.bias", layer, torch.stack(change)))
+    heads, kept = fit.align(train, held, [mean, *starts], how, layer, scales)
+    made: dict[str, Any] = {"router_mean": {"bias": mean.bias}, "aligned": {"weight": heads.weight, "bias": heads.bias}}
     if width:
-        trunk = add_trunk(train, held, heads, width, how, layer)
-        tensors |= {f"mlp.{layer}.{part}": tensor for part, tensor in trunk._asdict().items()}
+        trunk = fit.add_trunk(train, held, heads, width, how, layer, scales)
+        train, held = (part._replace(before=fit.before(found, layer, distances, rows))
+                       for part, rows in ((train, ~validated), (held, validated)))  # fmt: skip
+        context = fit.add_context(train, held, heads, trunk, how, layer, scales)
+        made |= {"mlp": trunk._asdict(), "context": context._asdict()}
+    tensors = {f"{rung}.{layer}.{n}": t for rung, parts in made.items() for n, t in parts.items() if t is not None}
     return tensors, kept
 
 
-def _validated(found: Activations) -> Any:
-    """Rows of the windows that are held out of training, bool [N]."""
-    return found.first.cumsum() % VALIDATED == 0
+def _validated(found: Activations) -> npt.NDArray[np.bool_]:
+    """Rows of the windows that are held out of training, [N]."""
+    held: npt.NDArray[np.bool_] = found.first.cumsum() % VALIDATED == 0
+    return held
 
 
 def train(
@@ -79,9 +82,9 @@ def train(
     *,
     bits: int = 4,
     lookahead: int = LOOKAHEAD,
-    tokens: int = 100_000,
-    held_out_tokens: int = 36_000,
-    width: int = 32,
+    tokens: int = TOKENS,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    width: int = WIDTH,
     how: Fitting | None = None,
     work: Path,
 ) -> GateFile:
@@ -107,19 +110,19 @@ def train(
     found = collect(model_dir, texts, bits, work / "train")
     held_out = collect(model_dir, held_texts, bits, work / "held_out")
     model, _ = models.load(model_dir)
-    routers = gates.routers_of(model)
-    normed, as_is = norm_heads(routers, gates.norms_of(model), reach), router_heads(routers, reach)
+    routers, biases = gates.routers_of(model), gates.biases_of(model)
+    normed, as_is = norm_heads(routers, gates.norms_of(model), reach, biases), router_heads(routers, reach, biases)
     settings = [(work / "train" / "done.json").read_text(), reach, width, asdict(how), gates.routers_sha256(routers)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    tensors: dict[str, torch.Tensor] = {}
+    scales = Scales([fit.spread(found.inputs[layer]) for layer in range(spec.num_layers)])
+    tensors = dict(scales.tensors)
     kept = 0
-    started, used = time.monotonic(), time.process_time()
     for layer in tqdm(range(spec.num_layers - 1), "aligning", unit="layer", file=sys.stderr):
         start, plain = normed[layer], as_is[layer]
         assert start is not None and plain is not None
         part = work / f"layer{layer}.{key}.safetensors"
         if not part.is_file():
-            made, choice = fit_layer(found, layer, start.distances, [start, plain], how, width)
+            made, choice = fit_layer(found, layer, start.distances, [start, plain], how, width, scales)
             made["kept"] = torch.tensor(choice)
             partial = part.with_suffix(".partial")
             save_file({n: t.contiguous() for n, t in made.items()}, partial)
@@ -142,30 +145,35 @@ def train(
             "width": width,
             "heads": sum(h.distances for h in normed if h is not None),
             "kept_initialisation": kept,
-            "fitting_s": round(time.monotonic() - started, 1),
-            "fitting_cpu_s": round(time.process_time() - used, 1),
         },
         "held_out_tokens": held_out.num_tokens,
         "command": provenance.command(),
         "commit": provenance.commit(),
     }
-    file = GateFile({n: t.to(torch.float16) for n, t in tensors.items()}, header)
+    file = GateFile(tensors, header)
     header["temperature"] = calibrate(model, spec.top_k, reach, file, found)
     header["recall"], header["calibration_error"] = measure(model, spec.top_k, reach, file, held_out)
     return file
 
 
+def logits_of(rung: LinearGates, layer: int, part: fit.Sample) -> torch.Tensor:
+    """What a rung says in decode, [N, D, E], the temperature applied."""
+    if isinstance(rung, ContextGates) and part.before is not None:
+        return rung.logits_after(layer, part.hidden, part.before)
+    return rung.logits(layer, part.hidden)
+
+
 def calibrate(model: torch.nn.Module, top_k: int, reach: int, file: GateFile, found: Activations) -> dict[str, Any]:
     """Temperatures of the trained rungs, [l][d - 1], fitted on the windows kept from training."""
-    rows = torch.nonzero(torch.from_numpy(_validated(found)))[:, 0]
     result = {}
     for name, rung in gates.ladder(model, top_k, reach, file, [r for r in file.rungs() if r in TRAINED]).items():
         assert isinstance(rung, LinearGates)
         result[name] = []
         for layer, heads in enumerate(rung.heads[:-1]):
             assert heads is not None
-            held = sample(found, layer, heads.distances, rows)
-            values = temperatures(rung.logits(layer, held.hidden), held.ids).tolist()
+            held = sample(found, layer, heads.distances, _validated(found), name == "context")
+            said = torch.cat([logits_of(rung, layer, part) for part in held.blocks()])
+            values = temperatures(said, held.ids.long()).tolist()
             result[name].append([round(v, 4) for v in values])
     return result
 
@@ -183,14 +191,14 @@ def measure(
         said: list[list[Any]] = [[] for _ in range(reach)]
         for layer, heads in enumerate(rung.heads[:-1]):
             assert heads is not None
-            held = sample(found, layer, heads.distances)
-            logits = rung.logits(layer, held.hidden)
-            recalls[name].append([round(r, 4) for r in recall(logits, held.ids, top_k).tolist()])
+            held = sample(found, layer, heads.distances, with_before=name == "context")
+            logits, ids = torch.cat([logits_of(rung, layer, part) for part in held.blocks()]), held.ids.long()
+            recalls[name].append([round(r, 4) for r in recall(logits, ids, top_k).tolist()])
             for d in range(heads.distances):
-                said[d].append((inclusion(logits[:, d], top_k).half().float(), held.ids[:, d]))
+                said[d].append((inclusion(logits[:, d], top_k).half(), ids[:, d]))
         errors[name] = {"pairs": [], "best": []}
         for parts in said:
-            scores, ids = (torch.cat([p[i] for p in parts]) for i in (0, 1))
+            scores, ids = torch.cat([p[0] for p in parts]).float(), torch.cat([p[1] for p in parts])
             errors[name]["pairs"].append(round(calibration_error(scores, ids), 4))
             errors[name]["best"].append(round(calibration_error(scores, ids, 4), 4))
     return recalls, errors
@@ -219,9 +227,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), default=4, help="of the experts (default %(default)s)")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the gates")
     p.add_argument("--lookahead", type=int, default=LOOKAHEAD, metavar="N", help="layers ahead (default %(default)s)")
-    p.add_argument("--tokens", type=int, default=100_000, metavar="N", help="of training text (default %(default)s)")
-    p.add_argument("--held-out-tokens", type=int, default=36_000, metavar="N", help="measured on (default %(default)s)")
-    p.add_argument("--width", type=int, default=32, metavar="N", help="of mlp's trunk; 0: none (default %(default)s)")
+    p.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of training text (default %(default)s)")
+    p.add_argument(
+        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, metavar="N", help="measured on (default %(default)s)"
+    )
+    p.add_argument(
+        "--width",
+        type=int,
+        default=WIDTH,
+        metavar="N",
+        help="of mlp's trunk; 0: neither mlp nor context (default %(default)s)",
+    )
     p.add_argument("--loss", choices=tuple(LOSSES), default=how.loss, help="default %(default)s")
     p.add_argument("--epochs", type=int, default=how.epochs, metavar="N", help="at most (default %(default)s)")
     p.add_argument("--seed", type=int, default=how.seed, metavar="N", help="default %(default)s")
@@ -232,9 +248,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    started = os.times()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    started, used = time.monotonic(), time.process_time()
     work = args.out.with_name(args.out.name + ".work")
     try:
         provenance.check_folder("--out", args.out)
@@ -259,9 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if not args.keep_work:
         shutil.rmtree(work)
+    used = os.times()
     cost = {
-        "wall_s": round(time.monotonic() - started, 1),
-        "cpu_s": round(time.process_time() - used, 1),
+        "wall_s": round(used.elapsed - started.elapsed, 1),
+        "cpu_s": round(sum(used[:4]) - sum(started[:4]), 1),  # its own and its ended children's
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "bytes": args.out.stat().st_size,
     }

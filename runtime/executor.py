@@ -183,6 +183,8 @@ class Executor(PlanRunner):
         self._starts_sequence = self._starts_sequence or not context
         self._busy_before = self.copier.stats().busy_ns
         self._mark = self._pass_start = time.monotonic_ns()
+        if self.gates and not context:
+            self.gates.start(batch)
         if self.recorder:
             if not context:
                 self.recorder.start_sequences(batch, domain)
@@ -276,6 +278,8 @@ class Executor(PlanRunner):
         scores = None
         if self.gates and (looks or self._record_all):
             scores = self.gates.rated(said_here[0]) if said_here else self.gates.scores(layer, hidden, ids)
+        if self.gates:
+            self.gates.saw(layer, hidden)
         guesses = merged_guesses(scores) if scores is not None and looks else []
         known = time.monotonic_ns()
         if self.device.torch_device.type != "cpu":

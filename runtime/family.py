@@ -82,6 +82,14 @@ class Family:
             raise ModelError(f"{type(experts).__name__} gates in its own way; add a file for it to runtime/families")
         return ActGate(experts.act_fn)
 
+    def preference(self, router: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+        """What this family's routers rank experts by, on the scale of logits, from router logits [..., E]."""
+        return logits
+
+    def allowed(self, router: torch.nn.Module, preference: torch.Tensor) -> torch.Tensor:
+        """``preference`` [..., E], minus infinity for experts that the router does not choose from."""
+        return preference
+
     def fused(self, parts: Mapping[str, Any], name: str, expert: int) -> torch.Tensor:
         """One expert's slice of the fused tensor ``name``; ``parts`` are sliceable tensors of its layer by name.
 

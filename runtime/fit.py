@@ -7,42 +7,71 @@ Shape letters: N tokens, D distances, E experts, K routed experts, H hidden size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from runtime.activations import Activations
-from runtime.lookahead import Heads, Trunk, inclusion
+from runtime import gates
+from runtime.activations import Activations, Table
+from runtime.lookahead import Context, Heads, Trunk, inclusion
 
 BATCH = 512
-PATIENCE = 3  # epochs without a better held-out loss
+BLOCK = 16_384  # tokens judged at once
 BINS = 15
 TEMPERATURES = tuple(2 ** (i / 8) for i in range(-32, 17))  # 1/16 to 4
 
 
 class Sample(NamedTuple):
-    """One layer's inputs and what it should say: hidden [N, H], logits [N, D, E], ids [N, D, K]."""
+    """One layer's inputs and what it should say: hidden [N, H], logits [N, D, E], ids [N, D, K], and what the next
+    layers' routers were fed for the token before, before [D, N, H] (zeros for the first of a window; None: left out).
+    As narrow as they were read, float32 and int64 in what `rows` gives."""
 
     hidden: torch.Tensor
     logits: torch.Tensor
     ids: torch.Tensor
+    before: torch.Tensor | None = None
 
-    def rows(self, index: torch.Tensor) -> Sample:
-        return Sample(*(part[index] for part in self))
+    def rows(self, index: torch.Tensor | slice) -> Sample:
+        before = None if self.before is None else self.before[:, index].float()
+        return Sample(self.hidden[index].float(), self.logits[index].float(), self.ids[index].long(), before)
+
+    def blocks(self) -> Iterator[Sample]:
+        """All rows, ``BLOCK`` at a time."""
+        for start in range(0, len(self.hidden), BLOCK):
+            yield self.rows(slice(start, start + BLOCK))
 
 
-def sample(found: Activations, layer: int, distances: int, rows: slice | torch.Tensor = slice(None)) -> Sample:
-    """What layer ``layer`` saw, and what its next ``distances`` layers' routers said, float32 and int64."""
+def sample(
+    found: Activations,
+    layer: int,
+    distances: int,
+    rows: npt.NDArray[np.bool_] | None = None,
+    with_before: bool = False,
+) -> Sample:
+    """What layer ``layer`` saw, and what its next ``distances`` layers' routers said."""
     later = range(layer + 1, layer + 1 + distances)
-    index = rows if isinstance(rows, slice) else rows.numpy()
-    return Sample(
-        torch.from_numpy(np.array(found.inputs[layer][index])).float(),
-        torch.stack([torch.from_numpy(np.array(found.logits[i][index])) for i in later], 1).float(),
-        torch.stack([torch.from_numpy(np.array(found.ids[i][index], np.int64)) for i in later], 1),
-    )
+    chosen = np.arange(found.num_tokens) if rows is None else np.flatnonzero(rows)
+
+    def read(table: Table, of: int) -> torch.Tensor:
+        return torch.from_numpy(table[of][chosen])
+
+    logits = torch.stack([read(found.logits, i) for i in later], 1)
+    ids = torch.stack([read(found.ids, i) for i in later], 1)
+    fed = before(found, layer, distances, rows) if with_before else None
+    return Sample(read(found.inputs, layer), logits, ids, fed)
+
+
+def before(found: Activations, layer: int, distances: int, rows: npt.NDArray[np.bool_] | None = None) -> torch.Tensor:
+    """What the next ``distances`` layers' routers were fed for the token before each of ``rows``, float16 [D, N, H]."""
+    chosen = np.arange(found.num_tokens) if rows is None else np.flatnonzero(rows)
+    later = range(layer + 1, layer + 1 + distances)
+    fed = torch.stack([torch.from_numpy(found.inputs[i][np.maximum(chosen - 1, 0)]) for i in later])
+    fed[:, torch.from_numpy(found.first[chosen])] = 0
+    return fed
 
 
 def kl(said: torch.Tensor, of: Sample) -> torch.Tensor:
@@ -103,122 +132,191 @@ class Fitting:
 
     Attributes:
         loss: one of `LOSSES`.
-        epochs: at most; fewer when held-out loss has not fallen for ``PATIENCE``.
-        rate: peak learning rate (Adam), falling to zero as a cosine.
+        epochs: over the training tokens; what was best on held-out ones is kept.
+        rate: peak learning rate of linear heads (Adam), falling to zero as a cosine; a trunk's is half of it.
         seed: of batches and of the trunk's start.
     """
 
-    loss: str = "kl"
-    epochs: int = 12
-    rate: float = 2e-3
+    loss: str = "ranking"
+    epochs: int = 8
+    rate: float = 4e-3
     seed: int = 0
-
-    def batches(self, count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-        order = torch.randperm(count, generator=generator)
-        yield from order.split(BATCH)
 
     def descend(
         self,
         parameters: list[torch.Tensor],
-        said: Callable[[torch.Tensor], torch.Tensor],
+        said: Callable[[Sample], torch.Tensor],
         train: Sample,
         held: Sample,
         layer: int,
-        improved: Callable[[torch.Tensor], bool],
-    ) -> int:
-        """Adam on ``parameters``; ``improved`` is told the held-out losses [D] after every epoch and says whether any
-        is better; returns the epochs it took."""
+        rate: float,
+        improved: Callable[[torch.Tensor], None],
+    ) -> None:
+        """Adam on ``parameters``; ``improved`` is told the held-out losses [D] after every epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
         steps = self.epochs * math.ceil(len(train.hidden) / BATCH)
-        optimizer = torch.optim.Adam(parameters, lr=self.rate)
+        optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
-        loss, idle = LOSSES[self.loss], 0
-        for epoch in range(self.epochs):
-            for index in self.batches(len(train.hidden), generator):
+        loss = LOSSES[self.loss]
+        for _ in range(self.epochs):
+            for index in torch.randperm(len(train.hidden), generator=generator).split(BATCH):
                 part = train.rows(index)
                 optimizer.zero_grad()
-                loss(said(part.hidden), part).sum().backward()
+                loss(said(part), part).sum().backward()
                 optimizer.step()
                 schedule.step()
             with torch.no_grad():
-                idle = 0 if improved(loss(said(held.hidden), held)) else idle + 1
-            if idle == PATIENCE:
-                return epoch + 1
-        return self.epochs
+                losses = [loss(said(part), part) * len(part.hidden) for part in held.blocks()]
+                improved(torch.stack(losses).sum(0) / len(held.hidden))
 
 
-def align(train: Sample, held: Sample, starts: list[Heads], how: Fitting, layer: int) -> tuple[Heads, list[int]]:
+Said = Callable[[Sample], torch.Tensor]
+
+
+class Scales:
+    """Root mean square of the inputs of every router, by layer: inputs divided by it are alike.
+
+    Args:
+        spreads: [H] each (`spread`).
+    """
+
+    def __init__(self, spreads: Sequence[torch.Tensor]) -> None:
+        self.tensors = {f"spread.{layer}": one.half().float() for layer, one in enumerate(spreads)}
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return self.tensors[f"spread.{layer}"]
+
+    def saved(self, name: str, layer: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a gates file, ``name`` without the layer, as it will be read again."""
+        rung, _, part = name.partition(".")
+        full = f"{rung}.{layer}.{part}"
+        return gates.unpack(gates.pack({**self.tensors, full: tensor}))[full]
+
+
+def align(
+    train: Sample, held: Sample, starts: list[Heads], how: Fitting, layer: int, scales: Scales
+) -> tuple[Heads, list[int]]:
     """Linear heads trained from ``starts[0]``; for each distance the trained one, or the start that recalls more of
     the held-out tokens. Returns them and, by distance, -1 for trained or the place of the start that was kept."""
-    scale = spread(train.hidden)
+    scale = scales[layer]
     weight = (starts[0].weight * scale).clone().requires_grad_()
     bias = torch.zeros(weight.shape[:2]) if starts[0].bias is None else starts[0].bias.clone()
     bias.requires_grad_()
-    ours, others = train._replace(hidden=train.hidden / scale), held._replace(hidden=held.hidden / scale)
     best = torch.full((weight.shape[0],), torch.inf)
-    kept = Heads(weight.detach().clone(), bias.detach().clone())
+    kept_weight, kept_bias = weight.detach().clone(), bias.detach().clone()
 
-    def improved(losses: torch.Tensor) -> bool:
-        better = losses < best - 1e-5
+    def improved(losses: torch.Tensor) -> None:
+        better = losses < best
         best[better] = losses[better]
-        assert kept.bias is not None
-        kept.weight[better], kept.bias[better] = weight.detach()[better], bias.detach()[better]
-        return bool(better.any())
+        kept_weight[better], kept_bias[better] = weight.detach()[better], bias.detach()[better]
 
-    how.descend([weight, bias], lambda x: Heads(weight, bias).logits(x), ours, others, layer, improved)
-    trained = half(Heads(kept.weight / scale, kept.bias))
-    choices = [half(start) for start in starts] + [trained]
-    routed = held.ids.shape[-1]
-    recalls = torch.stack([recall(c.logits(held.hidden), held.ids, routed) for c in choices])
+    def said(part: Sample) -> torch.Tensor:
+        return Heads(weight, bias).logits(part.hidden / scale)
+
+    how.descend([weight, bias], said, train, held, layer, how.rate, improved)
+    choices = []
+    for heads in (*starts, Heads(kept_weight / scale, kept_bias)):
+        own = torch.zeros_like(kept_bias) if heads.bias is None else heads.bias
+        weights, biases = (scales.saved(f"aligned.{n}", layer, t) for n, t in (("weight", heads.weight), ("bias", own)))
+        choices.append(Heads(weights, biases))
+    recalls = torch.stack([_recall(lambda part, heads=heads: heads.logits(part.hidden), held) for heads in choices])
     chosen = [int(column.argmax()) if column[-1] < column.max() else -1 for column in recalls.T]
-    weights = torch.stack([choices[c].weight[d] for d, c in enumerate(chosen)])
-    biases = [choices[c].bias for c in chosen]
-    stacked = torch.stack([torch.zeros(weights.shape[1]) if b is None else b[d] for d, b in enumerate(biases)])
-    return Heads(weights, stacked), chosen
+    parts = [choices[c] for c in chosen]
+    weights = torch.stack([heads.weight[d] for d, heads in enumerate(parts)])
+    return Heads(
+        weights, torch.stack([heads.bias[d] for d, heads in enumerate(parts) if heads.bias is not None])
+    ), chosen
 
 
-def add_trunk(train: Sample, held: Sample, heads: Heads, width: int, how: Fitting, layer: int) -> Trunk:
+def add_trunk(train: Sample, held: Sample, heads: Heads, width: int, how: Fitting, layer: int, scales: Scales) -> Trunk:
     """A trunk trained on what ``heads``, which stay as they are, leave; nothing is added at a distance where that does
     not raise recall."""
     generator = torch.Generator().manual_seed(how.seed * 1000 + layer)
-    scale = spread(train.hidden)
+    scale = scales[layer]
     size, outputs = train.hidden.shape[1], heads.weight.shape[0] * heads.weight.shape[1]
     down = (torch.rand(width, size, generator=generator) * 2 - 1) * math.sqrt(3 / size)
     parts = [down.requires_grad_(), torch.zeros(width).requires_grad_(), torch.zeros(outputs, width).requires_grad_()]
     shape = heads.weight.shape[:2]
-    kept, best = Trunk(*(p.detach().clone() for p in parts)), torch.inf
+    best = Best(parts)
 
-    def said(hidden: torch.Tensor) -> torch.Tensor:
-        trunk = Trunk(*parts).logits(hidden / scale)
-        return heads.logits(hidden) + trunk.view(-1, *shape)
+    def said(part: Sample) -> torch.Tensor:
+        return heads.logits(part.hidden) + Trunk(*parts).logits(part.hidden / scale).view(-1, *shape)
 
-    def improved(losses: torch.Tensor) -> bool:
-        nonlocal best, kept
-        total = float(losses.sum())
-        if total >= best - 1e-5:
-            return False
-        best, kept = total, Trunk(*(p.detach().clone() for p in parts))
-        return True
+    how.descend(parts, said, train, held, layer, how.rate / 2, best.improved)
+    down, bias, up = best.kept
+    kept = {"down": down / scale, "bias": bias, "up": up}
+    trunk = Trunk(**{name: scales.saved(f"mlp.{name}", layer, part) for name, part in kept.items()})
 
-    how.descend(parts, said, train, held, layer, improved)
-    trunk = Trunk((kept.down / scale).half().float(), kept.bias.half().float(), kept.up.half().float())
-    routed = held.ids.shape[-1]
-    before = heads.logits(held.hidden)
-    after = before + trunk.logits(held.hidden).view_as(before)
-    worse = recall(after, held.ids, routed) <= recall(before, held.ids, routed)
+    def after(part: Sample) -> torch.Tensor:
+        return heads.logits(part.hidden) + trunk.logits(part.hidden).view(-1, *shape)
+
+    worse = _recall(after, held) <= _recall(lambda part: heads.logits(part.hidden), held)
     trunk.up.view(*shape, width)[worse] = 0
     return trunk
 
 
-def spread(hidden: torch.Tensor) -> torch.Tensor:
-    """Root mean square of every input [H], at least a hundredth of the largest: inputs divided by it are alike."""
-    size = hidden.square().mean(0).sqrt()
+def add_context(
+    train: Sample, held: Sample, heads: Heads, trunk: Trunk, how: Fitting, layer: int, scales: Scales
+) -> Context:
+    """Heads on a trunk, which stays as it is, and on what routers were fed for the token before; at a distance where
+    they recall less than ``heads`` on the trunk, these."""
+    assert train.before is not None and heads.bias is not None
+    scale = scales[layer]
+    later = torch.stack([scales[layer + 1 + d] for d in range(heads.distances)])[:, None]
+    shape = heads.weight.shape[:2]
+    before = torch.zeros_like(heads.weight).requires_grad_()
+    parts = [(heads.weight * scale).clone(), before, heads.bias.clone(), trunk.up.clone()]
+    parts = [part.detach().requires_grad_() for part in parts]
+    best = Best(parts)
+    inside = Trunk(trunk.down * scale, trunk.bias, trunk.up)
+
+    def said(part: Sample) -> torch.Tensor:
+        assert part.before is not None
+        return Context(*parts).logits(inside, part.hidden / scale, part.before / later)
+
+    how.descend(parts, said, train, held, layer, how.rate, best.improved)
+    weight, before, bias, up = best.kept
+    kept = {"weight": weight / scale, "before": before / later, "bias": bias, "up": up}
+    context = Context(**{name: scales.saved(f"context.{name}", layer, part) for name, part in kept.items()})
+
+    def after(part: Sample) -> torch.Tensor:
+        assert part.before is not None
+        return context.logits(trunk, part.hidden, part.before)
+
+    def without(part: Sample) -> torch.Tensor:
+        return heads.logits(part.hidden) + trunk.logits(part.hidden).view(-1, *shape)
+
+    worse = _recall(after, held) < _recall(without, held)
+    context.weight[worse], context.before[worse], context.bias[worse] = heads.weight[worse], 0, heads.bias[worse]
+    context.up.view(*shape, -1)[worse] = trunk.up.view(*shape, -1)[worse]
+    return context
+
+
+class Best:
+    """Parameters as they were when the held-out loss over all distances was lowest."""
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self._parameters = parameters
+        self._loss = math.inf
+        self.kept = [p.detach().clone() for p in parameters]
+
+    def improved(self, losses: torch.Tensor) -> None:
+        if (total := float(losses.sum())) < self._loss:
+            self._loss, self.kept = total, [p.detach().clone() for p in self._parameters]
+
+
+def _recall(said: Said, held: Sample) -> torch.Tensor:
+    """Share of the routed experts among as many guesses, [D]."""
+    found = [recall(said(part), part.ids, part.ids.shape[-1]) * len(part.ids) for part in held.blocks()]
+    return torch.stack(found).sum(0) / len(held.ids)
+
+
+def spread(inputs: npt.NDArray[np.float16]) -> torch.Tensor:
+    """Root mean square of every input [H] over rows [N, H], at least a hundredth of the largest."""
+    squares = torch.zeros(inputs.shape[1])
+    for start in range(0, len(inputs), BLOCK):
+        squares += torch.from_numpy(np.array(inputs[start : start + BLOCK])).float().square().sum(0)
+    size = (squares / len(inputs)).sqrt()
     return size.clamp_min(max(float(size.max()) / 100, 1e-6))
-
-
-def half(heads: Heads) -> Heads:
-    """Rounded to float16, as they are saved."""
-    bias = None if heads.bias is None else heads.bias.half().float()
-    return Heads(heads.weight.half().float(), bias)

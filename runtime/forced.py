@@ -320,7 +320,7 @@ class Routing(LinearGates):
     """
 
     def __init__(self, trace: Trace, lookahead: int, device: torch.device, gates: LinearGates | None) -> None:
-        self._reach = lookahead
+        self.lookahead = lookahead
         self._gates = gates
         self.ids = torch.from_numpy(trace.ids.astype(np.int64)).to(device)
         self.weights = torch.from_numpy(trace.weights.astype(np.float32)).to(device)
@@ -328,10 +328,6 @@ class Routing(LinearGates):
         table = trace.guesses.get(GUESSES)
         self._scores = None if table is None else scores_of(table, self._count)
         self.rows, self.layer = slice(0, 0), 0
-
-    @property
-    def lookahead(self) -> int:
-        return self._reach
 
     def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Of the real gates."""
@@ -342,7 +338,7 @@ class Routing(LinearGates):
         """As `Gates.scores`: rated as ever, and then what the trace says."""
         assert self._gates is not None
         self._gates.rated(logits)
-        reach = min(self._reach, self._layers - 1 - self.layer)
+        reach = min(self.lookahead, self._layers - 1 - self.layer)
         if self._scores is None:
             return np.zeros((len(logits), reach, self._count), np.float16)
         return self._scores[self.rows, self.layer, :reach]

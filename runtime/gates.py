@@ -1,10 +1,14 @@
 """Trained lookahead gates: their file, and the ladder of predictors for a loaded model.
 
-A gates file is a safetensors file. Tensors, for MoE layers l from 0 to the last but one: ``router_mean.l.bias`` [D, E],
-``aligned.l.weight`` [D, E, H], ``aligned.l.bias`` [D, E], ``mlp.l.down`` [R, H], ``mlp.l.bias`` [R], ``mlp.l.up``
-[D * E, R], all float16, D = min(lookahead, layers - 1 - l). The header's ``gates`` is a JSON object: ``format`` 1,
-``model`` (its name), ``routers_sha256`` (`routers_sha256`), ``lookahead``, ``temperature`` (by rung, [l][d - 1]), and
-what made it: bits, corpus, tokens, seed, loss, recall by rung.
+A gates file is a safetensors file. Tensors, for MoE layers l from 0 to the last but one, D = min(lookahead,
+layers - 1 - l): ``router_mean.l.bias`` [D, E]; ``aligned.l.weight`` [D, E, H], ``aligned.l.bias`` [D, E];
+``mlp.l.down`` [R, H], ``mlp.l.bias`` [R], ``mlp.l.up`` [D * E, R]; ``context.l.weight`` [D, E, H],
+``context.l.before`` [D, E, H], ``context.l.bias`` [D, E], ``context.l.up`` [D * E, R]; and ``spread.l`` [H], of the
+last layer too. All are float16 but those in `PACKED`: int8, with the float16 factor of every row in a tensor of that
+name plus ``.scale``. What multiplies a layer's router input was multiplied by that layer's spread
+(`runtime.fit.spread`) before it was packed, so that what is rounded weighs alike. The header's ``gates`` is a JSON
+object: ``format`` 2, ``model`` (its name), ``routers_sha256`` (`routers_sha256`), ``lookahead``, ``temperature`` (by
+rung, [l][d - 1]), and what made it: bits, corpus, tokens, seed, loss, recall by rung.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime import models
+from runtime import family, models
 from runtime.lookahead import (
     LADDER,
     UNTRAINED,
+    Choose,
+    Context,
+    ContextGates,
     Gates,
     Heads,
     LinearGates,
@@ -34,7 +41,8 @@ from runtime.lookahead import (
     norm_heads,
 )
 
-FORMAT = 1
+FORMAT = 2
+PACKED = ("aligned.weight", "mlp.down", "mlp.up", "context.weight", "context.before", "context.up")
 STATED = ("format", "model", "routers_sha256", "lookahead", "temperature")
 
 
@@ -44,10 +52,10 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class GateFile:
-    """Heads as they are on disk.
+    """Heads as the engine uses them.
 
     Attributes:
-        tensors: by the names above, float16.
+        tensors: by the names above, float32, unpacked.
         header: the JSON object.
     """
 
@@ -59,12 +67,53 @@ class GateFile:
         return tuple(r for r in LADDER if r in UNTRAINED or any(n.startswith(f"{r}.") for n in self.tensors))
 
 
+def kind_of(name: str) -> str:
+    """``aligned.weight`` of ``aligned.3.weight``."""
+    rung, _, rest = name.partition(".")
+    return f"{rung}.{rest.partition('.')[2]}"
+
+
+def columns(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
+    """What the packed tensor ``name`` was multiplied by: the spread of the inputs it is for, shaped to broadcast."""
+    layer = int(name.split(".")[1])
+    if kind_of(name) == "context.before":
+        return torch.stack([tensors[f"spread.{layer + 1 + d}"].float() for d in range(len(tensors[name]))])[:, None]
+    return 1.0 if name.endswith(".up") else tensors[f"spread.{layer}"].float()
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as they are written: int8 with a scale for every row, or float16."""
+    result = {}
+    spreads = {n: t.to(torch.float16) for n, t in tensors.items() if n.startswith("spread.")}
+    for name, tensor in tensors.items():
+        if kind_of(name) not in PACKED:
+            result[name] = tensor.to(torch.float16).contiguous()
+            continue
+        even = tensor.float() * columns(name, {**spreads, name: tensor})
+        scale = (even.abs().amax(-1) / 127).clamp_min(6e-8).to(torch.float16)  # 6e-8: least float16 above 0
+        result[name] = (even / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8).contiguous()
+        result[f"{name}.scale"] = scale.contiguous()
+    return result
+
+
+def unpack(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float32 tensors from what `pack` made; what was unpacked once packs to the same bytes."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".scale"):
+            continue
+        wide = tensor.float()
+        if tensor.dtype == torch.int8:
+            wide = wide * tensors[f"{name}.scale"].float()[..., None] / columns(name, tensors)
+        result[name] = wide
+    return result
+
+
 def save(file: GateFile, path: Path) -> None:
     """Write under another name first, then rename."""
     partial = path.with_name(path.name + ".partial")
-    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in file.tensors.items()}
     try:
-        save_file(tensors, partial, {"gates": json.dumps(file.header)})
+        save_file(pack(file.tensors), partial, {"gates": json.dumps(file.header)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -89,9 +138,14 @@ def load(path: Path) -> GateFile:
     if header["format"] != FORMAT:
         raise GateError(f"{path} has gates of format {header['format']!r}; this version reads format {FORMAT}")
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float16 or not bool(tensor.isfinite().all()):
-            raise GateError(f"{path}: tensor {name!r} must hold finite float16 numbers; train the gates again")
-    return GateFile(tensors, header)
+        wanted = torch.int8 if kind_of(name) in PACKED else torch.float16
+        if tensor.dtype != wanted or not bool(tensor.isfinite().all()):
+            kind = str(wanted).removeprefix("torch.")
+            raise GateError(f"{path}: tensor {name!r} must hold finite {kind} numbers; train the gates again")
+    try:
+        return GateFile(unpack(tensors), header)
+    except KeyError as error:
+        raise GateError(f"{path} lacks the tensor {error}, without which others mean nothing; train again") from None
 
 
 def routers_sha256(routers: Sequence[torch.Tensor]) -> str:
@@ -106,6 +160,24 @@ def routers_sha256(routers: Sequence[torch.Tensor]) -> str:
 def routers_of(model: torch.nn.Module) -> list[torch.Tensor]:
     """Router weights [E, H] of every MoE layer."""
     return [b.router.weight.detach() for b in models.moe_blocks(model)]
+
+
+def biases_of(model: torch.nn.Module) -> list[torch.Tensor] | None:
+    """Bias [E] that every router adds to its logits (gpt-oss); None where routers have none."""
+    biases = [getattr(b.router, "bias", None) for b in models.moe_blocks(model)]
+    return [b.detach() for b in biases if b is not None] or None
+
+
+def choices_of(model: torch.nn.Module) -> list[Choose] | None:
+    """By MoE layer, what its router ranks experts by, from its logits; None for a family that ranks by logits."""
+    of = family.of(getattr(model.config, "model_type", ""))
+    if all(getattr(type(of), name) is getattr(family.Family, name) for name in ("preference", "allowed")):
+        return None
+
+    def choose(router: torch.nn.Module) -> Choose:
+        return lambda logits: of.allowed(router, of.preference(router, logits))
+
+    return [choose(b.router) for b in models.moe_blocks(model)]
 
 
 def norms_of(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -146,7 +218,11 @@ def ladder(
             raise GateError(f"the gates file holds {', '.join(held.rungs())}, not {missing[0]!r}; train it too")
     made: dict[str, Gates] = {}
     for rung in rungs:
-        made[rung] = _rung(rung, routers, norms_of(model), top_k, lookahead, held)
+        if rung in UNTRAINED:
+            made[rung] = _untrained(rung, model, top_k, lookahead)
+        else:
+            assert held is not None
+            made[rung] = _trained(rung, model, top_k, lookahead, held)
     return made
 
 
@@ -166,35 +242,49 @@ def check(held: GateFile, routers: Sequence[torch.Tensor], lookahead: int) -> No
         )
 
 
-def _rung(
-    rung: str,
-    routers: Sequence[torch.Tensor],
-    norms: Sequence[torch.Tensor],
-    top_k: int,
-    lookahead: int,
-    held: GateFile | None,
-) -> Gates:
-    experts = routers[0].shape[0]
+def _untrained(rung: str, model: torch.nn.Module, top_k: int, lookahead: int) -> LinearGates:
+    routers, biases, choose = routers_of(model), biases_of(model), choices_of(model)
     if rung == "router":
-        return RouterGates(routers, top_k, lookahead)
-    heads = norm_heads(routers, norms, lookahead)
-    trunks: list[Trunk | None] = []
+        return RouterGates(routers, top_k, lookahead, biases, choose)
+    heads = norm_heads(routers, norms_of(model), lookahead, biases)
+    return LinearGates(heads, top_k, routers[0].shape[0], choose)
+
+
+def _trained(rung: str, model: torch.nn.Module, top_k: int, lookahead: int, held: GateFile) -> LinearGates:
+    routers = routers_of(model)
+    experts, device = routers[0].shape[0], routers[0].device
+    heads = norm_heads(routers, norms_of(model), lookahead)
+    trunks: list[Trunk | None] = [None] * len(heads)
+    contexts: list[Context | None] = [None] * len(heads)
     for layer, found in enumerate(heads):
-        if found is None or held is None:
-            trunks.append(None)
+        if found is None:
             continue
-        device, reach = routers[0].device, found.distances
-        tensors = {n: t.float().to(device) for n, t in held.tensors.items() if n.split(".")[1] == str(layer)}
-        weight, bias = found.weight, None
+        reach = found.distances
+
+        def part(name: str, layer: int = layer) -> torch.Tensor:
+            of, _, what = name.partition(".")
+            full = f"{of}.{layer}.{what}"
+            if full not in held.tensors:
+                raise GateError(f"the gates lack the tensor {full!r}, which {rung!r} needs; train them again")
+            return held.tensors[full].float().to(device)
+
+        def temperature(rung: str, layer: int = layer, reach: int = reach) -> torch.Tensor | None:
+            known = held.header["temperature"].get(rung)
+            return None if known is None else torch.tensor(known[layer][:reach], device=device)
+
         if rung == "router_mean":
-            bias = tensors[f"router_mean.{layer}.bias"][:reach]
-        elif rung in ("aligned", "mlp"):
-            weight, bias = tensors[f"aligned.{layer}.weight"][:reach], tensors[f"aligned.{layer}.bias"][:reach]
-        known = held.header["temperature"].get(rung)
-        temperature = None if known is None else torch.tensor(known[layer][:reach], device=device)
-        heads[layer] = Heads(weight, bias, temperature)
-        trunk = Trunk(*(tensors[f"mlp.{layer}.{part}"] for part in Trunk._fields)) if rung == "mlp" else None
-        trunks.append(trunk and trunk._replace(up=trunk.up[: reach * experts]))
+            heads[layer] = Heads(found.weight, part("router_mean.bias")[:reach], temperature(rung))
+            continue
+        own = rung if rung == "aligned" else "mlp"
+        heads[layer] = Heads(part("aligned.weight")[:reach], part("aligned.bias")[:reach], temperature(own))
+        if rung != "aligned":
+            trunk = Trunk(*(part(f"mlp.{name}") for name in Trunk._fields))
+            trunks[layer] = trunk._replace(up=trunk.up[: reach * experts])
+        if rung == "context":
+            weight, before, bias = (part(f"context.{name}")[:reach] for name in ("weight", "before", "bias"))
+            contexts[layer] = Context(weight, before, bias, part("context.up")[: reach * experts], temperature(rung))
+    if rung == "context":
+        return ContextGates(heads, trunks, contexts, top_k, experts)
     if rung == "mlp":
         return TrunkGates(heads, trunks, top_k, experts)
     return LinearGates(heads, top_k, experts)

@@ -25,28 +25,30 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import activations, corpus, gates, models, provenance
 from runtime.activations import Activations
+from runtime.align import logits_of
 from runtime.copier import CopierError
-from runtime.fit import calibration_error
+from runtime.fit import calibration_error, sample
 from runtime.gates import GateFile
-from runtime.lookahead import GATES_FILE, Gates
+from runtime.lookahead import GATES_FILE, ContextGates, LinearGates, inclusion
 from sim.experiment import guess_table
 from traces import DECODE, GuessTable, ModelSpec, Trace, stats
 from traces.cli import Parser
-from traces.trace import id_dtype, rank
+from traces.trace import rank
 
 ID_ONLY = ("previous_token", "popularity", "transition")
 GUESSES = 4
-ROWS = 4096  # tokens scored at once
 
 
-def scores_of(rung: Gates, found: Activations, spec: ModelSpec, lookahead: int) -> npt.NDArray[np.float16]:
-    """P(routed) for every token: float16 [N, L, D, E], 0 past the last layer."""
+def scores_of(rung: LinearGates, found: Activations, spec: ModelSpec, lookahead: int) -> npt.NDArray[np.float16]:
+    """P(routed) for every token as in decode: float16 [N, L, D, E], 0 past the last layer."""
     table = np.zeros((found.num_tokens, spec.num_layers, lookahead, spec.num_experts), np.float16)
-    for layer in range(spec.num_layers - 1):
-        for start in range(0, found.num_tokens, ROWS):
-            hidden = torch.from_numpy(np.array(found.inputs[layer][start : start + ROWS])).float()
-            scores = rung.scores(layer, hidden)
-            table[start : start + ROWS, layer, : scores.shape[1]] = scores
+    for layer, heads in enumerate(rung.heads[:-1]):
+        assert heads is not None
+        start = 0
+        for part in sample(found, layer, heads.distances, with_before=isinstance(rung, ContextGates)).blocks():
+            scores = inclusion(logits_of(rung, layer, part), spec.top_k).numpy()
+            table[start : start + len(scores), layer, : heads.distances] = scores
+            start += len(scores)
     return table
 
 
@@ -54,7 +56,7 @@ def forced(found: Activations, spec: ModelSpec, guesses: dict[str, GuessTable], 
     """What was routed as a trace, a sequence for every window."""
     starts = np.flatnonzero(found.first)
     lengths = np.diff(np.append(starts, found.num_tokens))
-    ids = np.ascontiguousarray(found.ids.transpose(1, 0, 2)).astype(id_dtype(spec.num_experts))
+    ids = np.stack([found.ids[layer] for layer in range(spec.num_layers)], axis=1)
     return Trace(
         spec,
         ids,
@@ -121,6 +123,7 @@ def report(
     bare = forced(found, spec, {}, names)
     guesses, calibration = {}, {}
     for name, rung in rungs.items():
+        assert isinstance(rung, LinearGates)
         scores = scores_of(rung, found, spec, reach)
         guesses[name] = rank(scores, min(GUESSES, spec.num_experts))
         calibration[name] = errors(scores, bare)

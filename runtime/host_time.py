@@ -20,6 +20,7 @@ import torch
 from runtime.copier import Arrival, CopierStats, Request
 from runtime.devices.cpu import CpuDevice
 from runtime.executor import Executor
+from runtime.lookahead import Gates
 from runtime.observe import Spans
 from runtime.store import ExpertRows
 from sim.machine import load_machine
@@ -83,7 +84,7 @@ class NoKernels:
         """Nothing to let go of."""
 
 
-class Replayed:
+class Replayed(Gates):
     """Gates that say what a trace's predictor guessed; ranking and rounding are the executor's."""
 
     def __init__(self, table: GuessTable, experts: int, lookahead: int) -> None:

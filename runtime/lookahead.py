@@ -8,9 +8,9 @@ Shape letters: T tokens, D distances (cut at the last layer), E experts, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +27,35 @@ LADDER = {
     "router_mean": "the same, plus the mean change of the router's input from layer l to l + d",
     "aligned": "a linear head, trained to match the frozen router of layer l + d",
     "mlp": "the aligned head plus a trained hidden layer that all distances share",
+    "context": "the mlp with heads that also see what layer l + d's router was fed for the token before",
 }
 UNTRAINED = ("router", "router_norm")
 
 
-class Gates(Protocol):
-    """One rung of the ladder."""
+Choose = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Gates:
+    """One rung of the ladder.
+
+    Attributes:
+        lookahead: largest distance guessed at.
+    """
+
+    lookahead: int
+
+    def start(self, sequences: int) -> None:
+        """New sequences begin, that many in a batch: tokens of later visits are equally many of each, in order."""
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """Layer ``layer`` was visited (its `scores`, if wanted, were asked for before); every visit is told."""
 
     def scores(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor | None = None) -> npt.NDArray[np.float16]:
         """P(routed) for layer + 1, ...: hidden [T, H] -> float16 [T, D, E], D cut at the last layer.
 
         ids [T, K]: what layer ``layer`` itself was routed to, for a rung that looks at it (none of `LADDER` does).
         """
-        ...
+        raise NotImplementedError
 
 
 class Heads(NamedTuple):
@@ -73,6 +89,27 @@ class Trunk(NamedTuple):
         return torch.nn.functional.linear(inner, self.up)
 
 
+class Context(NamedTuple):
+    """What `context` puts in place of a layer's linear heads and its trunk's ``up``, plus the linear heads ``before``
+    on what the next layers' routers were fed for the token before.
+
+    weight and before [D, E, H], bias [D, E], up [D * E, R], temperature [D] or None.
+    """
+
+    weight: torch.Tensor
+    before: torch.Tensor
+    bias: torch.Tensor
+    up: torch.Tensor
+    temperature: torch.Tensor | None = None
+
+    def logits(self, trunk: Trunk, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H], before [D, T, H] -> [T, D, E], the temperature applied."""
+        here = Heads(self.weight, self.bias).logits(hidden)
+        known = torch.bmm(before.float(), self.before.transpose(1, 2)).transpose(0, 1)
+        logits = here + known + trunk._replace(up=self.up).logits(hidden).view_as(here)
+        return logits if self.temperature is None else logits / self.temperature[:, None]
+
+
 def inclusion(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Probability of each expert to be among the routed ``top_k``, from router logits [..., E]; sums to ``top_k``.
 
@@ -90,24 +127,24 @@ def inclusion(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return probabilities.clamp(0.0, 1.0)
 
 
-class LinearGates:
+class LinearGates(Gates):
     """Linear heads: one product gives all guesses of a visit.
 
     Args:
         heads: of every MoE layer; None for the last.
         top_k: routed experts per token.
         experts: of a layer.
+        choose: for heads that are routers, by MoE layer: what that router ranks by, from its logits [T, E].
     """
 
-    def __init__(self, heads: Sequence[Heads | None], top_k: int, experts: int) -> None:
+    def __init__(
+        self, heads: Sequence[Heads | None], top_k: int, experts: int, choose: Sequence[Choose] | None = None
+    ) -> None:
         self.heads = heads
         self._top_k = top_k
         self._experts = experts
-
-    @property
-    def lookahead(self) -> int:
-        """Largest distance guessed at."""
-        return max((heads.distances for heads in self.heads if heads is not None), default=0)
+        self._choose = choose
+        self.lookahead = max((h.distances for h in heads if h is not None), default=0)
 
     def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, H] -> [T, D, E] on its device, the temperature applied; nothing is waited for."""
@@ -115,6 +152,8 @@ class LinearGates:
         if heads is None:
             return torch.zeros(hidden.shape[0], 0, self._experts, device=hidden.device)
         logits = self._raw(layer, heads, hidden)
+        if self._choose is not None:
+            return torch.stack([self._choose[layer + 1 + d](logits[:, d]) for d in range(heads.distances)], 1)
         return logits if heads.temperature is None else logits / heads.temperature[:, None]
 
     def _raw(self, layer: int, heads: Heads, hidden: torch.Tensor) -> torch.Tensor:
@@ -136,10 +175,19 @@ class RouterGates(LinearGates):
         routers: router weights [E, H] of every MoE layer.
         top_k: routed experts per token.
         lookahead: largest distance wanted.
+        biases: of the routers, [E] each, if they have any.
+        choose: as in `LinearGates`.
     """
 
-    def __init__(self, routers: Sequence[torch.Tensor], top_k: int, lookahead: int) -> None:
-        super().__init__(router_heads(routers, lookahead), top_k, routers[0].shape[0])
+    def __init__(
+        self,
+        routers: Sequence[torch.Tensor],
+        top_k: int,
+        lookahead: int,
+        biases: Sequence[torch.Tensor] | None = None,
+        choose: Sequence[Choose] | None = None,
+    ) -> None:
+        super().__init__(router_heads(routers, lookahead, biases), top_k, routers[0].shape[0], choose)
 
 
 class TrunkGates(LinearGates):
@@ -156,20 +204,82 @@ class TrunkGates(LinearGates):
         return logits + trunk.logits(hidden).view_as(logits)
 
 
-def router_heads(routers: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:
+class ContextGates(TrunkGates):
+    """Heads that also see what the routers looked at were fed for the token before.
+
+    That is known in decode, where every visit brings one token of each sequence. Where it is not (prefill, the first
+    pass of a sequence) the guesses are those without it.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[Heads | None],
+        trunks: Sequence[Trunk | None],
+        contexts: Sequence[Context | None],
+        top_k: int,
+        experts: int,
+    ) -> None:
+        super().__init__(heads, trunks, top_k, experts)
+        self.contexts = contexts
+        first = next(h.weight for h in heads if h is not None)
+        self._last = first.new_zeros(len(heads), 1, first.shape[-1])  # what routers were fed last, of each sequence
+        self._known = [False] * len(heads)
+
+    def start(self, sequences: int) -> None:
+        """As `Gates.start`."""
+        if sequences != self._last.shape[1]:  # else in place: a captured graph reads these very bytes
+            self._last = self._last.new_zeros(len(self._last), sequences, self._last.shape[-1])
+        self._known = [False] * len(self._known)
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """As `Gates.saw`."""
+        self._last[layer] = hidden.view(self._last.shape[1], -1, hidden.shape[-1])[:, -1]
+        self._known[layer] = True
+
+    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """As `LinearGates.logits`."""
+        heads = self.heads[layer]
+        later = slice(layer + 1, layer + 1 + (heads.distances if heads else 0))
+        if heads is None or len(hidden) != self._last.shape[1] or not all(self._known[later]):
+            return super().logits(layer, hidden)
+        return self.logits_after(layer, hidden, self._last[later])
+
+    def logits_after(self, layer: int, hidden: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H], before [D, T, H]: what layers l + 1, ... were fed for the token before -> [T, D, E]."""
+        context, trunk = self.contexts[layer], self.trunks[layer]
+        assert context is not None and trunk is not None
+        return context.logits(trunk, hidden, before)
+
+
+def router_heads(
+    routers: Sequence[torch.Tensor], lookahead: int, biases: Sequence[torch.Tensor] | None = None
+) -> list[Heads | None]:
     """The routers of the next layers as heads."""
-    later = [routers[layer + 1 : layer + 1 + lookahead] for layer in range(len(routers))]
-    return [Heads(torch.stack([w.float() for w in found])) if len(found) else None for found in later]
+
+    def later(parts: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
+        return torch.stack([part.float() for part in parts[layer + 1 : layer + 1 + lookahead]])
+
+    return [
+        Heads(later(routers, layer), None if biases is None else later(biases, layer))
+        if lookahead and layer + 1 < len(routers)
+        else None
+        for layer in range(len(routers))
+    ]
 
 
-def norm_heads(routers: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], lookahead: int) -> list[Heads | None]:
+def norm_heads(
+    routers: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    lookahead: int,
+    biases: Sequence[torch.Tensor] | None = None,
+) -> list[Heads | None]:
     """The routers of the next layers, fed the direction of the residual stream under their own norm's weights.
 
     ``norms``: weight [H] of the norm before every MoE layer. What layer l's norm multiplied by is divided out; where
     that is (nearly) nothing, the input carries nothing, and its factor stays 1.
     """
     heads: list[Heads | None] = []
-    for layer, found in enumerate(router_heads(routers, lookahead)):
+    for layer, found in enumerate(router_heads(routers, lookahead, biases)):
         if found is not None:
             own = norms[layer].float()
             usable = own.abs() > 1e-3 * own.abs().max()
@@ -177,7 +287,7 @@ def norm_heads(routers: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], l
                 torch.where(usable, norms[layer + d].float() / torch.where(usable, own, 1.0), 1.0)
                 for d in range(1, found.distances + 1)
             ]
-            found = Heads(found.weight * torch.stack(factors)[:, None])
+            found = Heads(found.weight * torch.stack(factors)[:, None], found.bias)
         heads.append(found)
     return heads
 

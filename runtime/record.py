@@ -68,13 +68,17 @@ def record(
         record_logits=logits,
     ) as engine:
         assert engine.recorder is not None
+        rungs: dict[str, Gates] = {}
         if reach := min(lookahead, spec.num_layers - 1):
             file = gates_file or model_dir / GATES_FILE
             beside = [p for p in predictors if p != "router"]
-            listen(engine.model, engine.recorder, gates.ladder(engine.model, spec.top_k, reach, file, beside))
+            rungs = gates.ladder(engine.model, spec.top_k, reach, file, beside)
+            listen(engine.model, engine.recorder, rungs)
         bar = tqdm(total=len(asked) * (tokens + 1), unit="token", file=sys.stderr, delay=2)
         for number, prompt in enumerate(asked):
             ids = engine.tokenizer.encode(prompt.text)
+            for rung in rungs.values():
+                rung.start(1)
             stream = engine.generate(ids, tokens + 1, temperature=temperature, seed=seed + number, domain=prompt.domain)
             for _ in stream:
                 bar.update()
@@ -102,6 +106,7 @@ def listen(model: torch.nn.Module, recorder: Recorder, rungs: dict[str, Gates]) 
             hidden = inputs[0].flatten(0, -2)
             for name, rung in rungs.items():
                 recorder.guess(name, rung.scores(layer, hidden, output[2]))
+                rung.saw(layer, hidden)
 
         return record
 

@@ -27,6 +27,7 @@ import torch
 
 from runtime import executor as executing
 from runtime.devices import open_device
+from runtime.lookahead import Gates as AnyGates
 from runtime.quantize import ExpertLayout
 from runtime.store import ExpertRows
 from sim import registry
@@ -63,7 +64,7 @@ class Block(torch.nn.Module):
         self.experts = torch.nn.Module()
 
 
-class Gates:
+class Gates(AnyGates):
     """Guesses of the routing that was drawn: right seven times in ten."""
 
     lookahead = 3

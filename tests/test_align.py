@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,8 @@ torch = pytest.importorskip("torch", reason="the engine needs the runtime extra"
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
 from runtime import activations, align, corpus, fit, gates, gates_report, models, record, train  # noqa: E402 (after the check above)
-from runtime.fit import LOSSES, Fitting, Sample  # noqa: E402
-from runtime.lookahead import Heads  # noqa: E402
+from runtime.fit import LOSSES, Fitting, Sample, Scales  # noqa: E402
+from runtime.lookahead import LADDER, UNTRAINED, Heads, Trunk  # noqa: E402
 
 LAYERS, EXPERTS, HIDDEN = 3, 4, 64
 
@@ -39,6 +43,11 @@ def model_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def scales(*sizes: int) -> Scales:
+    """Spreads of one for layers of these input sizes."""
+    return Scales([torch.ones(size) for size in sizes])
+
+
 def linear_task(tokens: int = 3000, noise: float = 0.0, seed: int = 0) -> tuple[Sample, Sample, Heads]:
     """Routers that are linear in the input, and another head to start from."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +66,7 @@ def test_a_linear_router_is_learned(loss, least) -> None:
     cross-entropy on the routed experts, which asks for equal shares of these, draws the border elsewhere."""
     assert {"kl", "ranking", "top_k"} == set(LOSSES)
     ours, held, start = linear_task()
-    heads, kept = fit.align(ours, held, [start], Fitting(loss, epochs=40, rate=0.2), 0)
+    heads, kept = fit.align(ours, held, [start], Fitting(loss, epochs=40, rate=0.2), 0, scales(8))
     assert kept == [-1, -1]
     assert float(fit.recall(start.logits(held.hidden), held.ids, 2).max()) < 0.8
     assert float(fit.recall(heads.logits(held.hidden), held.ids, 2).min()) > least
@@ -67,10 +76,12 @@ def test_a_head_that_does_not_beat_its_start_keeps_it() -> None:
     """Trained on noise, the start stays: at the distance where it is right, and not elsewhere."""
     ours, held, start = linear_task()
     right = Heads(torch.linalg.lstsq(ours.hidden, ours.logits.flatten(1)).solution.T.reshape(2, 5, 8))
-    noisy = ours._replace(logits=torch.randn_like(ours.logits))
-    heads, kept = fit.align(noisy, held, [right, start], Fitting(epochs=2), 0)
+    generator = torch.Generator().manual_seed(9)
+    noise = torch.randn(ours.logits.shape, generator=generator)
+    noisy = ours._replace(logits=noise, ids=noise.topk(2, -1).indices)
+    heads, kept = fit.align(noisy, held, [right, start], Fitting(epochs=2, rate=0.5), 0, scales(8))
     assert kept == [0, 0]
-    assert torch.equal(heads.weight, right.weight.half().float())
+    assert torch.equal(heads.weight, scales(8).saved("aligned.weight", 0, right.weight))
 
 
 def test_a_trunk_learns_what_no_linear_head_can() -> None:
@@ -83,10 +94,35 @@ def test_a_trunk_learns_what_no_linear_head_can() -> None:
     index = torch.arange(6000)
     ours, held = both.rows(index[index % 8 > 0]), both.rows(index[index % 8 == 0])
     heads = Heads(torch.zeros(1, 3, 4), torch.zeros(1, 3))
-    trunk = fit.add_trunk(ours, held, heads, 32, Fitting(epochs=12, rate=2e-2), 0)
+    trunk = fit.add_trunk(ours, held, heads, 32, Fitting(epochs=12, rate=4e-2), 0, scales(4))
     said = heads.logits(held.hidden) + trunk.logits(held.hidden).view(-1, 1, 3)
     assert float(fit.recall(heads.logits(held.hidden), held.ids, 1)) < 0.7
     assert float(fit.recall(said, held.ids, 1)) > 0.9
+
+
+def test_context_learns_what_the_token_before_says() -> None:
+    """A router that repeats what it was fed for the token before: heads on this token's input cannot say."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, earlier = (torch.randn(4000, 6, generator=generator) for _ in range(2))
+    true = torch.randn(5, 6, generator=generator)
+    logits = (earlier @ true.T)[:, None]
+    both = Sample(hidden, logits, logits.topk(2, -1).indices, earlier[None])
+    index = torch.arange(4000)
+    ours, held = both.rows(index[index % 8 > 0]), both.rows(index[index % 8 == 0])
+    heads = Heads(torch.zeros(1, 5, 6), torch.zeros(1, 5))
+    trunk = Trunk(torch.zeros(3, 6), torch.zeros(3), torch.zeros(5, 3))
+    context = fit.add_context(ours, held, heads, trunk, Fitting(epochs=12, rate=5e-2), 0, scales(6, 6))
+    assert held.before is not None
+    assert float(fit.recall(context.logits(trunk, held.hidden, held.before), held.ids, 2)) > 0.9
+    false = ours._replace(before=ours.before.roll(1, 1))  # another token's: nothing can be learned of it
+    worse = held._replace(before=held.before.roll(1, 1))
+    kept = fit.add_context(
+        false, worse, Heads(true[None], torch.zeros(1, 5)), trunk, Fitting(epochs=2), 0, scales(6, 6)
+    )
+    said = kept.logits(trunk, held.hidden, held.before)
+    assert (
+        float(fit.recall(said, held.ids, 2)) >= float(fit.recall((held.hidden @ true.T)[:, None], held.ids, 2)) - 0.02
+    )
 
 
 def test_recall_and_calibration_error_by_hand() -> None:
@@ -149,7 +185,7 @@ def test_collecting_goes_on_where_it_stopped(model_dir, text, tmp_path, monkeypa
     again = activations.collect(model_dir, texts, 4, tmp_path / "cut", progress=False)
     assert asked == [len(texts) - 64]
     for name in ("inputs", "logits", "ids"):
-        assert np.array_equal(getattr(again, name), getattr(whole, name))
+        assert all(np.array_equal(getattr(again, name)[layer], getattr(whole, name)[layer]) for layer in range(LAYERS))
 
 
 def test_align_then_record(model_dir, text, tmp_path, capsys) -> None:
@@ -172,7 +208,29 @@ def test_align_then_record(model_dir, text, tmp_path, capsys) -> None:
     asked = record.rungs_asked(["all"], model_dir, outs[0])
     trace = record.record(model_dir, [record.prompts.Prompt("def f1(a", "code")], 4, lookahead=2,
                           predictors=asked, gates_file=outs[0])  # fmt: skip
-    assert tuple(trace.guesses) == ("router", "router_norm", "router_mean", "aligned", "mlp")
+    assert tuple(trace.guesses) == tuple(LADDER)
+
+
+def test_the_readmes_three_commands(model_dir, text, tmp_path, monkeypatch, capsys) -> None:
+    """Align, record with every rung, simulate with each: as the README shows them, at tiny size."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "runtime.align" in b)
+    lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    assert [words[2] for words in lines] == ["runtime.align", "runtime.record", "sim.run"]
+    tiny = {
+        "runtime.align": "--tokens 2560 --held-out-tokens 512 --width 4 --epochs 1",
+        "runtime.record": "--sequences 1 --tokens 4 --prompt-bytes 16",
+        "sim.run": "--slots 2",
+    }
+    monkeypatch.chdir(tmp_path)
+    for words in lines:
+        given = [str(text) if word == "FILES" else word for word in words[3:]]
+        model = [] if words[2] == "sim.run" else ["--model", str(model_dir)]
+        monkeypatch.setattr(sys, "argv", [words[2], *given, *model, *tiny[words[2]].split()])
+        assert importlib.import_module(words[2]).main() == 0
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    trained = [r for r in LADDER if r not in UNTRAINED and r != "router_mean"]
+    assert [r["predictor"] for r in runs if r["predictor"]] == ["router", *trained]
 
 
 def test_bad_input_is_one_sentence(model_dir, text, tmp_path, capsys) -> None:

@@ -13,6 +13,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the engine needs the runtime extra")
 transformers = pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 
+from safetensors.torch import save_file  # noqa: E402 (after the check above)
+from small_models import config, small_model  # noqa: E402
+
 from runtime import corpus, gates, models, provenance, train  # noqa: E402 (after the check above)
 from runtime.engine import Engine  # noqa: E402
 from runtime.gates import GateError, GateFile  # noqa: E402
@@ -62,11 +65,17 @@ def gate_file(model, seed: int = 1, lookahead: int = 3) -> GateFile:
             f"mlp.{layer}.down": (5, HIDDEN),
             f"mlp.{layer}.bias": (5,),
             f"mlp.{layer}.up": (distances * EXPERTS, 5),
+            f"context.{layer}.weight": (distances, EXPERTS, HIDDEN),
+            f"context.{layer}.before": (distances, EXPERTS, HIDDEN),
+            f"context.{layer}.bias": (distances, EXPERTS),
+            f"context.{layer}.up": (distances * EXPERTS, 5),
         }
-    tensors = {n: (0.3 * torch.randn(s, generator=generator)).half() for n, s in shapes.items()}
+    tensors = {n: 0.3 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    tensors |= {f"spread.{layer}": 0.5 + torch.rand(HIDDEN, generator=generator) for layer in range(LAYERS)}
+    tensors = gates.unpack(gates.pack(tensors))
     temperature = [[0.5 + d for d in range(min(lookahead, LAYERS - 1 - layer))] for layer in range(LAYERS - 1)]
     header = {
-        "format": 1,
+        "format": gates.FORMAT,
         "model": "tiny",
         "routers_sha256": gates.routers_sha256(gates.routers_of(model)),
         "lookahead": lookahead,
@@ -135,10 +144,12 @@ def other_model(file: GateFile) -> GateFile:
     ("change", "lookahead", "message"),
     [
         (other_model, 2, "trained for the routers of 'tiny'"),
-        (lambda f: dataclasses.replace(f, header=f.header | {"format": 2}), 2, "format 2; this version reads format 1"),
+        (lambda f: dataclasses.replace(f, header=f.header | {"format": 3}), 2, "format 3; this version reads format 2"),
         (lambda f: dataclasses.replace(f, header={}), 2, "no gates in its header"),
         (lambda f: dataclasses.replace(f, header=f.header | {"lookahead": 1}), 2, "look 1 layers ahead, 2 are asked"),
         (lambda f: dataclasses.replace(f, tensors={"mlp.0.up": f.tensors["mlp.0.up"]}), 2, "not 'aligned'"),
+        (lambda f: dataclasses.replace(f, tensors={n: t for n, t in f.tensors.items() if n != "aligned.1.bias"}), 2,
+         "lack the tensor 'aligned.1.bias'"),
         (lambda f: dataclasses.replace(f, tensors=f.tensors | {"aligned.0.bias": torch.full((3, 6), torch.inf)}), 2,
          "finite float16"),
     ],
@@ -149,6 +160,52 @@ def test_what_does_not_fit_is_refused_in_one_sentence(model, tmp_path, change, l
     with pytest.raises(GateError, match=message) as raised:
         gates_for("aligned", model, 2, lookahead, path)
     assert "\n" not in str(raised.value)
+
+
+def test_packing_rounds_once(model, tmp_path) -> None:
+    """What was read packs to the same bytes; int8 rows are within half a step of what was meant, weighed by the spread
+    of the inputs they multiply; a file without a spread is refused."""
+    generator = torch.Generator().manual_seed(7)
+    meant = {"spread.0": 0.01 + torch.rand(HIDDEN, generator=generator), "spread.1": torch.ones(HIDDEN)}
+    meant["aligned.0.weight"] = torch.randn(1, EXPERTS, HIDDEN, generator=generator) / meant["spread.0"].half()
+    once = gates.pack(meant)
+    assert once["aligned.0.weight"].dtype == torch.int8
+    read = gates.unpack(once)
+    twice = gates.pack(read)
+    assert all(torch.equal(t, twice[n]) for n, t in once.items())
+    error = ((read["aligned.0.weight"] - meant["aligned.0.weight"]) * read["spread.0"]).abs().amax(-1)
+    assert bool((error <= 0.51 * once["aligned.0.weight.scale"].float()).all())
+    path = tmp_path / "g.safetensors"
+    header = json.dumps(gate_file(model).header)
+    save_file({n: t for n, t in once.items() if n != "spread.0"}, path, {"gates": header})
+    with pytest.raises(GateError, match=r"lacks the tensor 'spread\.0'"):
+        gates.load(path)
+
+
+def test_context_remembers_the_token_before(model) -> None:
+    """In decode `context` adds what later routers were fed for the token before, of every sequence of a batch by
+    itself; in prefill, and where nothing is known yet, it says what `mlp` says; a new start forgets."""
+    generator = torch.Generator().manual_seed(8)
+    file = gate_file(model)
+    rungs = gates.ladder(model, 2, 3, file, ["mlp", "context"])
+    mlp, context = rungs["mlp"], rungs["context"]
+    prompts = torch.randn(LAYERS, 2 * 3, HIDDEN, generator=generator)
+    token = torch.randn(LAYERS, 2, HIDDEN, generator=generator)
+    for _ in range(2):
+        context.start(2)
+        for layer in range(LAYERS):
+            assert np.array_equal(context.scores(layer, prompts[layer]), mlp.scores(layer, prompts[layer]))
+            context.saw(layer, prompts[layer])
+        for layer in range(LAYERS - 1):
+            said = context.logits(layer, token[layer])
+            t = {n.split(".")[-1]: part for n, part in file.tensors.items() if n.startswith(f"context.{layer}.")}
+            inner = token[layer] @ file.tensors[f"mlp.{layer}.down"].T + file.tensors[f"mlp.{layer}.bias"]
+            wanted = torch.einsum("deh,th->tde", t["weight"], token[layer]) + t["bias"]
+            wanted += (torch.nn.functional.silu(inner) @ t["up"].T).view_as(wanted)
+            last = prompts[layer + 1 : layer + 1 + said.shape[1], [2, 5]]  # the third token of each
+            wanted += torch.einsum("deh,dth->tde", t["before"], last)
+            assert torch.allclose(said, wanted, atol=1e-4)
+            context.saw(layer, token[layer])
 
 
 def test_no_file_and_no_such_rung(model, tmp_path) -> None:
@@ -162,6 +219,28 @@ def test_no_file_and_no_such_rung(model, tmp_path) -> None:
     with pytest.raises(GateError, match="cannot be read"):
         gates_for("aligned", model, 2, 1, tmp_path / "text.safetensors")
     assert gates_for("recorded", model, 2, 0) is None
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "deepseek_v3", "grouped", "phimoe", "qwen3_moe"])
+def test_untrained_rungs_rank_as_the_familys_own_router(family) -> None:
+    """With a bias (gpt-oss), a correction of the choice (deepseek_v3) or groups (deepseek): the first guesses for the
+    next layer, of an input that its router is then fed itself, are what it routes to; and they differ without."""
+    grouped, family = family == "grouped", "deepseek_v2" if family == "grouped" else family
+    model = small_model(family)
+    blocks = models.moe_blocks(model)
+    if grouped:
+        blocks[1].router.topk_method, blocks[1].router.num_group = "group_limited_greedy", 3
+    top_k = models.spec_of_config(config(family), family).top_k
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        rungs = gates.ladder(model, top_k, 1, None, ["router", "router_norm"])
+        routed = blocks[1].router(x)[2].sort(-1).values
+        said = rungs["router"].logits(0, x)[:, 0].topk(top_k, -1).indices.sort(-1).values
+        bare = RouterGates(gates.routers_of(model), top_k, 1).logits(0, x)[:, 0].topk(top_k, -1).indices.sort(-1).values
+    assert torch.equal(said, routed)
+    assert torch.equal(bare, routed) == (family not in ("gpt_oss", "deepseek_v3") and not grouped)
+    scores = rungs["router"].scores(0, x).astype(float)
+    assert np.abs(scores.sum(-1) - top_k).max() < 0.01
 
 
 def test_ties_go_to_the_lower_id() -> None:

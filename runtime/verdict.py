@@ -105,16 +105,15 @@ def first_divergence(measured: str, simulated: str) -> dict[str, Any] | None:
 
 
 def kendall_tau_b(x: Sequence[float], y: Sequence[float], ties: Sequence[float]) -> float | None:
-    """Rank agreement of two orders; differences in ``x`` within ``ties`` (relative, per item) count as ties.
+    """Rank agreement of two orders; differences within ``ties`` (relative, per item) count as ties on either side.
 
     None when either order is all ties. Source: Kendall 1945.
     """
     agree = ties_x = ties_y = pairs = 0
     for i, j in itertools.combinations(range(len(x)), 2):
         pairs += 1
-        tie = abs(x[i] - x[j]) <= max(ties[i], ties[j]) * max(x[i], x[j])
-        dx = 0 if tie else (x[i] > x[j]) - (x[i] < x[j])
-        dy = (y[i] > y[j]) - (y[i] < y[j])
+        within = max(ties[i], ties[j])
+        dx, dy = (0 if abs(z[i] - z[j]) <= within * max(z[i], z[j]) else (z[i] > z[j]) - (z[i] < z[j]) for z in (x, y))
         ties_x += dx == 0
         ties_y += dy == 0
         agree += dx * dy

@@ -66,6 +66,11 @@ def test_an_error_within_twice_the_spread_passes() -> None:
     assert verdict.judge([cell("a", 10, 10.6, spread=0.04), *(cell(p, 10, 10) for p in "bc")])["gates"]["worst_error"]
 
 
+def test_differences_within_the_spread_are_ties_on_both_sides() -> None:
+    """a and b are told apart by neither side; the order of the rest is right."""
+    assert verdict.kendall_tau_b([10, 10.1, 20], [10.1, 10, 21], [0.02] * 3) == 1
+
+
 def test_a_choice_within_the_spread_costs_nothing() -> None:
     """The simulator takes b, which is 5 % slower; where repeats differ by 6 % nobody can tell."""
     cells = [cell("a", 10, 10.2), cell("b", 10.5, 10.1)]

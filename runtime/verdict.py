@@ -231,3 +231,35 @@ def changed(stored: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, An
             yield from changed(stored.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif stored != now:
         yield key, stored, now
+
+
+def table(document: dict[str, Any], policies: Sequence[str]) -> str:
+    """A stored validation as text for people: its cells of ``policies``, its worst case, and the verdict, in Markdown."""
+    cells = document["cells"]
+    worst = max(cells, key=lambda c: abs(c["tpot_error"]))
+    lines = [
+        "| policy | link GB/s | TPOT measured ms | simulated | error | repeats differ by | stall measured ms | simulated |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in cells:
+        if cell["policy"] not in policies and cell is not worst:
+            continue
+        m, s = cell["measured"], cell["simulated"]
+        mark = " (worst)" if cell is worst else ""
+        lines.append(
+            f"| {cell['policy']}{mark} | {cell['link_gb_s']:g} | {m['tpot_s'] * 1e3:.2f} | {s['tpot_s'] * 1e3:.2f} "
+            f"| {cell['tpot_error']:+.1%} | {cell['repeat_spread']:.1%} | {m['stall_s'] * 1e3:.2f} "
+            f"| {s['stall_s'] * 1e3:.2f} |"
+        )
+    scope, kept = document["scope"], [c["undisturbed"]["share"] for c in cells]
+    equal = sum(c["load_log_equal"] for c in cells)
+    lines += [
+        "",
+        f"Of all {scope['cells']} cells ({scope['policies']} policies and presets, {scope['link_bound']} cells "
+        f"link-bound, {scope['near_balance']} within 2 x of balance): TPOT error median "
+        f"{document['median_abs_tpot_error']:.1%}, worst {document['max_abs_tpot_error']:.1%}; Kendall tau of the "
+        f"policies' order {document['kendall_tau']:.2f}; regret of the simulator's choice {document['regret']:.1%}; "
+        f"load logs equal in {equal} of {scope['cells']} cells, {scope['decisions']:,} decisions; at least "
+        f"{min(kept):.0%} of the passes of a cell undisturbed.",
+    ]
+    return "\n".join(lines)

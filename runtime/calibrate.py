@@ -244,7 +244,7 @@ class Calibration:
         found = []
         engine.spans = Spans()
         with uncollected():
-            self.control.look()
+            self.control.begin()
             for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens, temperature=TEMPERATURE):
                 self.control.look()
                 found.append(Seen(engine.spans, len(self.control.looks) - 2))

@@ -40,6 +40,12 @@ class Control:
             self.look()
         self.looks.clear()
 
+    def begin(self) -> None:
+        """The first look of a series: one before it, that nobody counts, makes the caches warm."""
+        self.look()
+        self.looks.pop()
+        self.look()
+
     @torch.inference_mode()
     def look(self) -> None:
         """Do the work once more."""

@@ -157,7 +157,7 @@ class Validation:
                 cell.timeline = engine.timeline.timeline
             for number, prompt in enumerate(self.asked):
                 ids = engine.tokenizer.encode(prompt.text)
-                self.control.look()
+                self.control.begin()
                 before = len(self.control.looks)
                 for _ in engine.generate(
                     ids, self.tokens, temperature=calibrate.TEMPERATURE, seed=self.seed + number, domain=prompt.domain

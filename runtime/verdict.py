@@ -234,11 +234,11 @@ def changed(stored: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, An
 
 
 def table(document: dict[str, Any], policies: Sequence[str]) -> str:
-    """A stored validation as text for people: its cells of ``policies``, its worst case, and the verdict, in Markdown."""
+    """A stored validation in Markdown: its cells of ``policies``, its worst case, and the verdict."""
     cells = document["cells"]
     worst = max(cells, key=lambda c: abs(c["tpot_error"]))
     lines = [
-        "| policy | link GB/s | TPOT measured ms | simulated | error | repeats differ by | stall measured ms | simulated |",
+        "| policy | link GB/s | TPOT measured ms | simulated | error | repeats differ by | stall measured | simulated |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cell in cells:

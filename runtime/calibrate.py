@@ -31,6 +31,8 @@ from runtime import models, provenance
 from runtime.copier import Copier, CopierError, Request
 from runtime.devices import Device, names, open_device
 from runtime.engine import Engine, paced
+from runtime.host_calibration import host_figures
+from runtime.host_experts import computes_on_host
 from runtime.laws import error, fitted, grouped, law, predicted, residuals, trimmed_mean
 from runtime.observe import Spans
 from runtime.steadiness import Control, uncollected, undisturbed, usual
@@ -199,7 +201,16 @@ class Calibration:
         self.policies = {text: options(text) for text in dict.fromkeys((*POLICIES, *policies))}
         link = LinkProfile(gb_s, 0.0, gb_s, 0.0, gb_s)
         self.rough = HardwareProfile(
-            "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=1e-4
+            "rough",
+            0,
+            0,
+            link,
+            memory_gb_s=8.0,
+            tflops=0.05,
+            layer_fixed_s=5e-4,
+            expert_fixed_s=5e-5,
+            host_s=1e-4,
+            host_memory_gb_s=4.0,
         )
         self.rounds = 0
         self.control = control or Control()
@@ -651,6 +662,8 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         operators={work.spec.name: laws},
         sources=sources,
     )
+    if any(map(computes_on_host, work.policies.values())):
+        profile = host_figures(work.stores, device, link=found).into(profile, work.spec)
     return Result(profile, errors, work.spread(), work.kept_share())
 
 

@@ -10,6 +10,7 @@ must be equal line by line. Exit code 1 when a gate fails (load logs, TPOT error
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import sys
@@ -54,6 +55,7 @@ from sim.timeline import Timeline, merge
 from traces import Trace
 from traces.cli import Parser
 
+ENOUGH, MORE_REPEATS = 1.5, 2  # undisturbed passes wanted, in whole repeats; how often a cell is repeated for them
 BETWEEN = 10  # engine runs after which the machine is measured again: its speed drifts by some per cent in minutes
 DEFAULT_POLICIES = ("on_demand", "speculative")
 
@@ -176,6 +178,38 @@ class Validation:
         if cell.trace is None:
             cell.trace = trace
 
+    def measure_all(
+        self, cells: Sequence[Cell], repeats: int, calibration: calibrate.Calibration | None = None
+    ) -> None:
+        """Every cell once, then every cell again, ...; the machine in between, if it is calibrated. Cells that had too few
+        undisturbed passes for one and a half repeats are measured again in the end.
+        """
+        self.measure(replace(cells[0], runs=[], logs=[], pass_ns=[], looks=[]))  # a warm-up that nobody keeps
+        for number, cell in enumerate(
+            tqdm([*cells] * repeats, "engine runs", file=sys.stderr, unit="run", mininterval=5)
+        ):
+            if calibration and number and number % BETWEEN == 0:
+                calibration.round(policies=number % (4 * BETWEEN) == 0)
+            self.measure(cell)
+        for _ in range(MORE_REPEATS):
+            for cell in cells:
+                if self.share(cell) < ENOUGH:
+                    if calibration:
+                        calibration.round(policies=False)
+                    self.measure(cell)
+        if calibration:
+            calibration.round()
+
+    def good(self, cell: Cell) -> list[list[bool]]:
+        """Of every repeat, which decode passes nothing outside disturbed."""
+        kept = undisturbed(self.control.looks, usual(self.control.looks))
+        return [[kept[look] for look in looks] for looks in cell.looks]
+
+    def share(self, cell: Cell) -> float:
+        """Undisturbed passes in units of one whole repeat."""
+        good = self.good(cell)
+        return sum(map(sum, good)) / max(1, len(good[0]))
+
     def compare(self, cell: Cell) -> dict[str, Any]:
         """The cell's JSON object: measured (mean over repeats), simulated, errors, load logs."""
         assert cell.trace is not None
@@ -191,8 +225,7 @@ class Validation:
                     drawn.close()
                     self.timelines.append(drawn.stream)
         measured = average(cell.runs) | {"bounds": simulated["bounds"]}
-        kept = undisturbed(self.control.looks, usual(self.control.looks))
-        good = [[kept[look] for look in looks] for looks in cell.looks]
+        good = self.good(cell)
         pass_ns, spread = steady(cell.pass_ns, good)
         measured, simulated = over_passes(measured, simulated, pass_ns, simulated_ns)
         found = (first_divergence(ours, log.getvalue()) for ours in cell.logs)
@@ -224,6 +257,22 @@ class Validation:
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
+
+
+def save_traces(kept: Sequence[Trace | None], out: Path) -> list[str]:
+    """Write traces beside ``out``, equal ones once; returns the file name of each."""
+    made = {"command": provenance.command(), "commit": provenance.commit()}
+    names: list[str] = []
+    seen: dict[str, str] = {}
+    for number, trace in enumerate(kept):
+        assert trace is not None
+        beside = out.with_name(f"{out.stem}.cell{number}.safetensors")
+        traces.save(replace(trace, provenance=trace.provenance | made), beside)
+        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+        if digest in seen:
+            beside.unlink()
+        names.append(seen.setdefault(digest, beside.name))
+    return names
 
 
 def scratch() -> IO[str]:
@@ -356,35 +405,46 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def profile_for(name_or_file: str, model_dir: Path) -> HardwareProfile:
+    """A measured profile of this model.
+
+    Raises:
+        SpecError: not found, or of other models.
+    """
+    profile = load_machine(name_or_file)
+    model = models.spec_of(model_dir).name
+    if model not in profile.operators:
+        raise SpecError(
+            f"--profile {name_or_file} holds no measurements of {model}; make one with python -m runtime.calibrate"
+        )
+    return profile
+
+
 def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and simulate everything asked for; prints the table and returns the JSON document."""
     provenance.check_folder("--out", args.out)
     provenance.check_folder("--timeline", args.timeline and Path(args.timeline))
     cells = cells_of(args)
-    widths = sorted({cell.bits for cell in cells})
     asked = prompts.read(args.prompts) if args.prompts else list(prompts.BUILT_IN)
     for name, value, least in (("tokens", args.tokens, 3), ("repeats", args.repeats, 1)):
         if value < least:
             raise SpecError(f"--{name} is {value}; it must be at least {least}")
     with ExitStack() as ends:
-        control = Control()
+        control, others = Control(), calibrate.OtherWork()
         calibration: calibrate.Calibration | None = None
-        others = calibrate.OtherWork()
         if args.profile:
-            clock = load_machine(args.profile)
-            name = models.spec_of(args.model).name
-            if name not in clock.operators:
-                raise SpecError(
-                    f"--profile {args.profile} holds no measurements of {name}; make one with python -m "
-                    "runtime.calibrate"
-                )
+            clock = profile_for(args.profile, args.model)
         else:
             print("calibrating, before and between the runs (--profile names a profile instead) ...", file=sys.stderr)
             calibrate.check_idle(args.allow_busy)
-            policies = [cell.options.text for cell in cells]
             calibration = ends.enter_context(
                 calibrate.Calibration(
-                    args.model, widths, calibrate.TOKENS, policies=policies, device=args.device, control=control
+                    args.model,
+                    sorted({cell.bits for cell in cells}),
+                    calibrate.TOKENS,
+                    policies=[cell.options.text for cell in cells],
+                    device=args.device,
+                    control=control,
                 )
             )
             calibration.round()
@@ -401,15 +461,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             calibration.stores if calibration else None,
         )
         ends.callback(work.close)
-        work.measure(replace(cells[0], runs=[], logs=[], pass_ns=[], looks=[]))  # a warm-up that nobody keeps
-        for number, cell in enumerate(
-            tqdm(cells * args.repeats, "engine runs", file=sys.stderr, unit="run", mininterval=5)
-        ):
-            if calibration and number and number % BETWEEN == 0:
-                calibration.round(policies=number % (2 * BETWEEN) == 0)
-            work.measure(cell)
+        work.measure_all(cells, args.repeats, calibration)
         if calibration:
-            calibration.round()
             work.profile = calibrate.profile_of(calibration, others, args.device).profile
         compared = [work.compare(cell) for cell in cells]
     if work.timelines is not None:
@@ -417,12 +470,8 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             assert file is not None
             merge(work.timelines, file)
     if args.out:
-        for number, (cell, result) in enumerate(zip(cells, compared, strict=True)):
-            assert cell.trace is not None
-            beside = args.out.with_name(f"{args.out.stem}.cell{number}.safetensors")
-            made = {"command": provenance.command(), "commit": provenance.commit(), "policy": cell.options.text}
-            traces.save(replace(cell.trace, provenance=cell.trace.provenance | made), beside)
-            result["trace"] = beside.name
+        for result, name in zip(compared, save_traces([cell.trace for cell in cells], args.out), strict=True):
+            result["trace"] = name
     verdict = judge(compared)
     print_table(compared, verdict, work.profile, args.repeats)
     return {

@@ -351,7 +351,7 @@ def without_overhead(machine: HardwareProfile) -> HardwareProfile:
     laws = {
         model: replace(law, gates=(), host_s=dict.fromkeys(law.host_s, 0.0)) for model, law in machine.operators.items()
     }
-    return replace(machine, host_s=0.0, sync_s=0.0, wake_s=0.0, operators=laws)
+    return replace(machine, host_s=0.0, sync_s=0.0, wake_s=0.0, serial_s=0.0, operators=laws)
 
 
 def context_tokens(setting: Setting) -> int:

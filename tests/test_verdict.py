@@ -53,7 +53,7 @@ def test_good_cells_pass_every_gate() -> None:
         ([cell("a", 10, 10.6), cell("b", 10, 10), cell("c", 10, 10)], "worst_error"),
         ([cell("a", 10, 10.3), cell("b", 10.5, 10.2)], "order"),
         ([cell("a", 10, 10.3), cell("b", 10.5, 10.2)], "choice"),
-        ([cell("a", 10, 10, undisturbed={"passes": 1, "of": 10, "share": 0.1})], "quiet"),
+        ([cell("a", 10, 10, undisturbed={"passes": 6, "of": 10, "share": 0.4})], "quiet"),
     ],
 )
 def test_each_gate_fails_alone_and_locks_its_claim(cells: list[dict[str, Any]], gate: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean as mean
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -32,7 +33,7 @@ from runtime.devices import Device, names, open_device
 from runtime.engine import Engine, paced
 from runtime.laws import error, fitted, grouped, law, predicted, residuals, trimmed_mean
 from runtime.observe import Spans
-from runtime.steadiness import Control, undisturbed, usual
+from runtime.steadiness import Control, uncollected, undisturbed, usual
 from runtime.store import ExpertRows, HostStore, SlotPool
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import Options, options
@@ -44,6 +45,7 @@ LOOK_S = 1.0  # how long others are watched beforehand
 CONTEXT = 200  # tokens of the longest prompt
 PAUSES_MS = (0.3, 1.0, 3.0, 10.0)  # waits between visits
 HELD_OUT_PAUSE_MS = 2.0
+TOKENS = 32  # of each engine run
 POLICIES = ("on_demand", "speculative")
 TEMPERATURE = 0.8  # of the sampling, whose time is part of the head
 SERIAL_COPIES = 100
@@ -167,6 +169,7 @@ class Calibration:
         gb_s: pace of the link where policies run.
         device: where.
         context: tokens of the longest prompt.
+        control: looked at before and after every pass, also by others.
         stores: expert stores by bits, to be shared; built (and owned) where they are missing.
 
     Raises:
@@ -183,6 +186,7 @@ class Calibration:
         gb_s: float = DEFAULT_LINK_GB_S,
         device: str = "cpu",
         context: int = CONTEXT,
+        control: Control | None = None,
         stores: dict[int, HostStore] | None = None,
     ) -> None:
         self.model_dir = model_dir
@@ -198,14 +202,14 @@ class Calibration:
             "rough", 0, 0, link, memory_gb_s=8.0, tflops=0.05, layer_fixed_s=5e-4, expert_fixed_s=5e-5, host_s=1e-4
         )
         self.rounds = 0
-        self.control = Control()
+        self.control = control or Control()
         self.measured = Measured()
         self._owned: list[HostStore] = []
         self.stores: dict[int, HostStore] = {}
         for width in bits:
             store = (stores or {}).get(width)
             if store is None:
-                store = HostStore.build(model_dir, self.spec, width)
+                store = HostStore.build(model_dir, self.spec, width, order=open_device(device).order)
                 self._owned.append(store)
             self.stores[width] = store
 
@@ -239,15 +243,16 @@ class Calibration:
         ids = engine.tokenizer.encode(PROMPT)
         found = []
         engine.spans = Spans()
-        self.control.look()
-        for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens, temperature=TEMPERATURE):
+        with uncollected():
             self.control.look()
-            found.append(Seen(engine.spans, len(self.control.looks) - 2))
-            engine.spans = Spans()
+            for _ in engine.generate((ids * (length // len(ids) + 1))[:length], tokens, temperature=TEMPERATURE):
+                self.control.look()
+                found.append(Seen(engine.spans, len(self.control.looks) - 2))
+                engine.spans = Spans()
         return found
 
-    def round(self) -> None:
-        """Measure everything once more."""
+    def round(self, policies: bool = True) -> None:
+        """Measure everything once more; without ``policies`` no other than on_demand, nor gates."""
         found = self.measured
         whole, half = self.spec.num_experts, max(self.spec.top_k, self.spec.num_experts // 2)
         fast = 10.0 if self.device == "cpu" else self.gb_s
@@ -260,10 +265,12 @@ class Calibration:
                 if bits == self.widths[0] and self.device == "cpu":
                     self._pause(engine)
         for text, run in self.policies.items():
+            if not policies and text != "on_demand":
+                continue
             with self.engine(run, self.widths[0], half, self.gb_s) as engine:
                 found.policies.setdefault(text, []).append(self.spans(engine, 24, self.tokens))
                 found.policies_held_out.setdefault(text, []).append(self.spans(engine, 40, self.tokens // 2 + 2))
-        for distance in range(1, min(4, self.spec.num_layers - 1) + 1):
+        for distance in range(1, min(4, self.spec.num_layers - 1) + 1) if policies else ():
             run = options(f"speculative:lookahead={distance},guard=0,trust=0")  # every visit looks ahead
             with self.engine(run, self.widths[0], half, 4 * self.gb_s) as engine:
                 found.gates.setdefault(distance, []).append(self.spans(engine, 24, self.tokens // 2 + 2))
@@ -316,13 +323,13 @@ class Calibration:
         head = law((q, v, count**0.5) for q, v, count in _heads(spans, dense))
         wrong = [(abs(predicted(head, q) / v - 1), count) for q, v, count in _heads(held, dense)]
         errors["head"] = sum(e * count for e, count in wrong) / max(1, sum(count for _, count in wrong))
-        host = {text: trimmed_mean(_host(runs)) for text, runs in found.policies.items()}
+        host = {text: mean(_host(runs)) for text, runs in found.policies.items()}
         for text, runs in found.policies_held_out.items():
-            errors[f"host, {text}"] = abs(host[text] / trimmed_mean(_host(runs)) - 1)
+            errors[f"host, {text}"] = abs(host[text] / mean(_host(runs)) - 1)
         host["default"] = host["on_demand"]
-        gates = tuple(trimmed_mean(_gates(found.gates[d])) for d in sorted(found.gates))
+        gates = tuple(mean(_gates(found.gates[d])) for d in sorted(found.gates))
         for d, runs in found.gates_held_out.items():
-            errors[f"gates, {d} ahead"] = abs(gates[d - 1] / trimmed_mean(_gates(runs)) - 1)
+            errors[f"gates, {d} ahead"] = abs(gates[d - 1] / mean(_gates(runs)) - 1)
         cooling, errors["after a wait"] = self._cooling()
         spread = {
             "dense": residuals(_dense(spans), dense),
@@ -429,7 +436,7 @@ def _visit_s(runs: Sequence[Spans], top_k: int) -> float:
     """A decode visit, everything resident."""
     dense = [ns / 1e9 for s in runs for layer, n, _, ns in s.dense if layer and n == 1]
     expert = [ns / 1e9 for s in runs for n, ns in s.expert if n == 1]
-    return trimmed_mean(dense) + trimmed_mean(_host(runs)) + top_k * trimmed_mean(expert)
+    return mean(dense) + mean(_host(runs)) + top_k * mean(expert)
 
 
 # --- the link -----------------------------------------------------------------------------------------------------
@@ -624,8 +631,8 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         "wake_s": measured + "; from the end of a load until the waiting engine knows of it, mean",
         "serial_s": measured + "; from the end of a copy that is waited for until that is known, mean",
         "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
-        "operators": measured
-        + f"; engine runs of {work.tokens} tokens in {work.rounds} rounds, trimmed means, least squares",
+        "operators": f"{measured}; engine runs of {work.tokens} tokens in {work.rounds} rounds, of these what nothing "
+        "outside disturbed; means, least squares",
         "vram_gb": "the device is the host's memory",
         "host_gb": "the system's figure",
     }
@@ -652,7 +659,7 @@ def calibrate(
     bits: Sequence[int],
     *,
     gb_s: float = DEFAULT_LINK_GB_S,
-    tokens: int = 32,
+    tokens: int = TOKENS,
     rounds: int = 2,
     policies: Sequence[str] = POLICIES,
     name: str = "cpu",
@@ -724,7 +731,7 @@ def parser() -> argparse.ArgumentParser:
         "--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, metavar="X", help="pace of the link (default %(default)s)"
     )
     p.add_argument(
-        "--tokens", type=int, default=32, metavar="N", help="decode tokens of each run (default %(default)s)"
+        "--tokens", type=int, default=TOKENS, metavar="N", help="decode tokens of each run (default %(default)s)"
     )
     p.add_argument(
         "--rounds", type=int, default=2, metavar="N", help="everything is measured N times (default %(default)s)"

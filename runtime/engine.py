@@ -26,7 +26,7 @@ class Engine(Executor):
 
     Args:
         model_dir: a transformers checkpoint.
-        bits, slots, options, machine, record, record_logits, record_all, compiled: as `Executor`.
+        bits, slots, options, machine, record, record_logits, record_all, compiled, paced: as `Executor`.
         gates: heads of a trained predictor; those of the model directory when None.
         device: where experts are computed.
         store: an expert store to share between engines; built (and owned) when None.
@@ -51,12 +51,13 @@ class Engine(Executor):
         compiled: bool = False,
         gates: Path | None = None,
         device: str = "cpu",
+        paced: bool = True,
     ) -> None:
         check_options(options)
         spec = models.spec_of(model_dir)
-        self._owned = HostStore.build(model_dir, spec, bits) if store is None else None
+        place = open_device(device)
+        self._owned = HostStore.build(model_dir, spec, bits, order=place.order) if store is None else None
         try:
-            place = open_device(device)
             self.model, self.tokenizer = models.load(model_dir)
             self.model.to(place.torch_device)
             super().__init__(
@@ -73,6 +74,7 @@ class Engine(Executor):
                 record_logits=record_logits,
                 record_all=record_all,
                 compiled=compiled,
+                paced=paced,
             )
         except BaseException:
             if self._owned is not None:

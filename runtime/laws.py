@@ -39,11 +39,11 @@ def law(points: Iterable[tuple[tuple[float, ...], float, float]]) -> tuple[float
 
 
 def grouped(samples: Samples) -> list[tuple[Quantities, float, int]]:
-    """(quantities, trimmed mean in seconds, count) of samples with equal quantities."""
+    """(quantities, mean in seconds, count) of samples with equal quantities."""
     groups: dict[Quantities, list[float]] = {}
     for key, ns in samples:
         groups.setdefault(key, []).append(ns / 1e9)
-    return [(key, trimmed_mean(values), len(values)) for key, values in sorted(groups.items())]
+    return [(key, sum(values) / len(values), len(values)) for key, values in sorted(groups.items())]
 
 
 def fitted(samples: Samples) -> tuple[float, ...]:

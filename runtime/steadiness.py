@@ -7,9 +7,11 @@ undisturbed.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +50,17 @@ class Control:
             self._pieces[self._next].sum()
             self._next = (self._next + 1) % PIECES
         self.looks.append(time.perf_counter() - start)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage is collected before and after, not meanwhile: a collection takes as long as many tokens."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def usual(looks: Sequence[float]) -> float:

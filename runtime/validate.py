@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,11 +27,12 @@ from transformers.utils import logging as transformers_logging
 import traces
 from runtime import calibrate, models, prompts, provenance
 from runtime.copier import CopierError
+from runtime.devices import names, open_device
 from runtime.engine import Engine, paced
 from runtime.executor import check_options
 from runtime.lookahead import rung_of
 from runtime.observe import EngineTimeline
-from runtime.steadiness import Control, undisturbed, usual
+from runtime.steadiness import Control, uncollected, undisturbed, usual
 from runtime.store import HostStore
 from runtime.verdict import (
     average,
@@ -41,7 +42,6 @@ from runtime.verdict import (
     over_passes,
     recheck,
     replayed,
-    simulated_passes,
     steady,
 )
 from sim.experiment import Setting, summary
@@ -54,6 +54,7 @@ from sim.timeline import Timeline, merge
 from traces import Trace
 from traces.cli import Parser
 
+BETWEEN = 10  # engine runs after which the machine is measured again: its speed drifts by some per cent in minutes
 DEFAULT_POLICIES = ("on_demand", "speculative")
 
 
@@ -74,7 +75,7 @@ class Cell:
     options: Options
     slots: int
     bits: int
-    gb_s: float
+    gb_s: float | None
     runs: list[dict[str, Any]] = field(default_factory=list)
     trace: Trace | None = None
     logs: list[str] = field(default_factory=list)
@@ -84,7 +85,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.options.text}, {self.bits} bits, {self.slots} slots, {self.gb_s:g} GB/s"
+        pace = "" if self.gb_s is None else f", {self.gb_s:g} GB/s"
+        return f"{self.options.text}, {self.bits} bits, {self.slots} slots{pace}"
 
 
 class Validation:
@@ -92,46 +94,63 @@ class Validation:
 
     Args:
         model_dir, asked, tokens, seed: what is generated.
-        profile: this machine, measured for this model.
+        clock: what the planner of the engine takes for this machine, measured for this model; sets ``profile`` too.
+        device, control, stores: where; looked at before and after every pass; expert stores by bits to be shared.
         timelines: keep a timeline of every cell's first repeat, and of its simulation.
+
+    Attributes:
+        profile: this machine as it was meanwhile; what the simulator's times come from.
     """
 
     def __init__(
         self,
         model_dir: Path,
-        profile: HardwareProfile,
+        clock: HardwareProfile,
         asked: Sequence[prompts.Prompt],
         tokens: int,
         seed: int,
         timelines: bool = False,
+        device: str = "cpu",
+        control: Control | None = None,
+        stores: dict[int, HostStore] | None = None,
     ) -> None:
         self.model_dir = model_dir
-        self.profile = profile
+        self.device = device
+        self.clock = self.profile = clock
         self.asked = asked
         self.tokens = tokens
         self.seed = seed
         self.timelines: list[IO[str]] | None = [] if timelines else None
-        self.control = Control()
+        self.control = control or Control()
+        self._shared = stores or {}
         self._stores: dict[int, HostStore] = {}
 
     def measure(self, cell: Cell) -> None:
         """One engine run; the first of a cell keeps its trace and timeline."""
-        if cell.bits not in self._stores:
-            self._stores[cell.bits] = HostStore.build(self.model_dir, models.spec_of(self.model_dir), cell.bits)
+        store = self._shared.get(cell.bits) or self._stores.get(cell.bits)
+        if store is None:
+            order = open_device(self.device).order
+            store = HostStore.build(self.model_dir, models.spec_of(self.model_dir), cell.bits, order=order)
+            self._stores[cell.bits] = store
         log = io.StringIO()
         looks: list[int] = []
-        machine = paced(self.profile, cell.gb_s)
-        with Engine(
-            self.model_dir,
-            bits=cell.bits,
-            slots=cell.slots,
-            options=cell.options,
-            machine=machine,
-            store=self._stores[cell.bits],
-            record=cell.options.lookahead,
-            record_all=False,
-            compiled=True,
-        ) as engine:
+        machine = paced(self.clock, cell.gb_s)
+        with (
+            Engine(
+                self.model_dir,
+                bits=cell.bits,
+                slots=cell.slots,
+                options=cell.options,
+                machine=machine,
+                store=store,
+                record=cell.options.lookahead,
+                record_all=False,
+                compiled=True,
+                device=self.device,
+                paced=cell.gb_s is not None,
+            ) as engine,
+            uncollected(),
+        ):
             engine.ledger.log = LoadLog(log)
             if self.timelines is not None and not cell.runs:
                 engine.timeline = EngineTimeline(scratch(), f"measured: {cell.name}")
@@ -162,16 +181,17 @@ class Validation:
         assert cell.trace is not None
         log = io.StringIO()
         timeline = Timeline(scratch(), f"simulated: {cell.name}") if self.timelines is not None else None
-        machine = paced(self.profile, cell.gb_s)
-        simulated = replayed(cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline)
-        simulated_ns = simulated_passes(cell.trace, machine, cell.bits, cell.slots, cell.options)
+        machine, clock = (paced(one, cell.gb_s) for one in (self.profile, self.clock))
+        simulated, simulated_ns = replayed(
+            cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline, clock
+        )
         if self.timelines is not None:
             for drawn in (cell.timeline, timeline):
                 if drawn is not None:
                     drawn.close()
                     self.timelines.append(drawn.stream)
         measured = average(cell.runs) | {"bounds": simulated["bounds"]}
-        kept = undisturbed(self.control.looks, self.usual_s())
+        kept = undisturbed(self.control.looks, usual(self.control.looks))
         good = [[kept[look] for look in looks] for looks in cell.looks]
         pass_ns, spread = steady(cell.pass_ns, good)
         measured, simulated = over_passes(measured, simulated, pass_ns, simulated_ns)
@@ -201,11 +221,6 @@ class Validation:
             "first_divergence": divergence,
         }
 
-    def usual_s(self) -> float:
-        """What the control takes undisturbed: as the profile says, or by this run's own looks."""
-        laws = next(iter(self.profile.operators.values()))
-        return laws.control_s or usual(self.control.looks)
-
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
@@ -234,7 +249,7 @@ def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: H
         floor = s["bounds"]["joint_floor_s"] * 1e3
         spread = f"{c['repeat_spread'] * 100:.1f}%" if repeats > 1 else "-"
         print(
-            f"{c['policy']:{name}} {c['bits']:4} {c['slots']:5} {c['link_gb_s']:5g} {both('tpot_s', 1e3, '7.2f')} "
+            f"{c['policy']:{name}} {c['bits']:4} {c['slots']:5} {c['link_gb_s'] or 0:5g} {both('tpot_s', 1e3, '7.2f')} "
             f"{c['tpot_error'] * 100:+6.1f}% {spread:>7} {both('stall_s', 1e3, '7.2f')} "
             f"{both('hits', share, '5.1f')} {both('late', share, '5.1f')} {both('misses', share, '5.1f')} {floor:8.2f} "
             f"{'equal' if c['load_log_equal'] else 'DIFFER':>6}  {c['regime']}"
@@ -270,8 +285,9 @@ def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: H
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m runtime.validate", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
-    p.add_argument("--device", choices=("cpu",), default="cpu", help="where experts are computed (default %(default)s)")
-    p.add_argument("--profile", metavar="NAME|FILE", help="measured profile (default: calibrates first)")
+    p.add_argument("--device", choices=names(), default="cpu", help="where experts are computed (default %(default)s)")
+    p.add_argument("--profile", metavar="NAME|FILE", help="measured profile (default: calibrates before and between)")
+    p.add_argument("--allow-busy", action="store_true", help="measure although others use the processor")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), action="append", help="repeatable (default 4)")
     p.add_argument(
         "--slots", type=int, action="append", metavar="N", help="per layer, repeatable (default: half of the experts)"
@@ -280,7 +296,11 @@ def parser() -> argparse.ArgumentParser:
         "--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(DEFAULT_POLICIES)})"
     )
     p.add_argument(
-        "--link-gb-s", type=float, action="append", metavar="X", help="pace of the link, repeatable (default 0.05)"
+        "--link-gb-s",
+        type=float,
+        action="append",
+        metavar="X",
+        help="pace of the link, repeatable (default 0.05; on cuda its own speed)",
     )
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines (default: built in)")
     p.add_argument(
@@ -321,13 +341,16 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         check_options(run)
     for slots in args.slots or []:
         check_slots(spec, slots)
-    for gb_s in args.link_gb_s or [calibrate.DEFAULT_LINK_GB_S]:
+    for gb_s in args.link_gb_s or []:
         if not 1e-4 <= gb_s <= 100:
             raise SpecError(f"--link-gb-s is {gb_s}; it must be 0.0001 to 100")
+    paces: list[float | None] = [
+        *(args.link_gb_s or ([calibrate.DEFAULT_LINK_GB_S] if args.device == "cpu" else [None]))
+    ]
     return [
         Cell(run, slots, bits, gb_s)
         for bits in args.bits or [4]
-        for gb_s in args.link_gb_s or [calibrate.DEFAULT_LINK_GB_S]
+        for gb_s in paces
         for slots in args.slots or [spec.num_experts // 2]
         for run in runs
     ]
@@ -343,27 +366,52 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     for name, value, least in (("tokens", args.tokens, 3), ("repeats", args.repeats, 1)):
         if value < least:
             raise SpecError(f"--{name} is {value}; it must be at least {least}")
-    if args.profile:
-        profile = load_machine(args.profile)
-        name = models.spec_of(args.model).name
-        if name not in profile.operators:
-            raise SpecError(
-                f"--profile {args.profile} holds no measurements of {name}; make one with python -m runtime.calibrate"
+    with ExitStack() as ends:
+        control = Control()
+        calibration: calibrate.Calibration | None = None
+        others = calibrate.OtherWork()
+        if args.profile:
+            clock = load_machine(args.profile)
+            name = models.spec_of(args.model).name
+            if name not in clock.operators:
+                raise SpecError(
+                    f"--profile {args.profile} holds no measurements of {name}; make one with python -m "
+                    "runtime.calibrate"
+                )
+        else:
+            print("calibrating, before and between the runs (--profile names a profile instead) ...", file=sys.stderr)
+            calibrate.check_idle(args.allow_busy)
+            policies = [cell.options.text for cell in cells]
+            calibration = ends.enter_context(
+                calibrate.Calibration(
+                    args.model, widths, calibrate.TOKENS, policies=policies, device=args.device, control=control
+                )
             )
-    else:
-        print("calibrating (name a profile with --profile to skip this) ...", file=sys.stderr)
-        policies = [cell.options.text for cell in cells]
-        profile = calibrate.calibrate(args.model, widths, policies=policies).profile
-    work = Validation(args.model, profile, asked, args.tokens, args.seed, bool(args.timeline))
-    try:
-        work.measure(replace(cells[0], runs=[], logs=[]))  # a warm-up that nobody keeps
-        for _, cell in tqdm(
-            list(itertools.product(range(args.repeats), cells)), "engine runs", file=sys.stderr, unit="run"
+            calibration.round()
+            clock = calibrate.profile_of(calibration, others, args.device).profile
+        work = Validation(
+            args.model,
+            clock,
+            asked,
+            args.tokens,
+            args.seed,
+            bool(args.timeline),
+            args.device,
+            control,
+            calibration.stores if calibration else None,
+        )
+        ends.callback(work.close)
+        work.measure(replace(cells[0], runs=[], logs=[], pass_ns=[], looks=[]))  # a warm-up that nobody keeps
+        for number, cell in enumerate(
+            tqdm(cells * args.repeats, "engine runs", file=sys.stderr, unit="run", mininterval=5)
         ):
+            if calibration and number and number % BETWEEN == 0:
+                calibration.round(policies=number % (2 * BETWEEN) == 0)
             work.measure(cell)
+        if calibration:
+            calibration.round()
+            work.profile = calibrate.profile_of(calibration, others, args.device).profile
         compared = [work.compare(cell) for cell in cells]
-    finally:
-        work.close()
     if work.timelines is not None:
         with written(args.timeline) as file:
             assert file is not None
@@ -376,12 +424,14 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             traces.save(replace(cell.trace, provenance=cell.trace.provenance | made), beside)
             result["trace"] = beside.name
     verdict = judge(compared)
-    print_table(compared, verdict, profile, args.repeats)
+    print_table(compared, verdict, work.profile, args.repeats)
     return {
         "device": args.device,
         "cells": compared,
         **verdict,
-        "profile": profile.to_json(),
+        "profile": work.profile.to_json(),
+        "clock": work.clock.to_json(),
+        "others_share": others.share(),
         "tokens": args.tokens,
         "repeats": args.repeats,
         "decisions": verdict["scope"]["decisions"],

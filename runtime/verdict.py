@@ -12,11 +12,11 @@ from typing import IO, Any
 import traces
 from runtime.engine import paced
 from runtime.lookahead import rung_of
-from sim.experiment import Experiment, Setting, pass_ends_ns
+from sim.experiment import Experiment, Setting, replay, summary
 from sim.machine import HardwareProfile, machine_from
 from sim.spec import Options, options
 from sim.timeline import Timeline
-from traces import DECODE, Trace
+from traces import Trace
 
 QUIET = 0.5  # least share of a cell's passes that must have been undisturbed
 MEDIAN_ERROR, WORST_ERROR, LEAST_TAU, MOST_REGRET = 0.03, 0.05, 0.9, 0.02
@@ -38,18 +38,15 @@ def replayed(
     run: Options,
     log: IO[str] | None = None,
     timeline: Timeline | None = None,
-) -> dict[str, Any]:
-    """What the simulator says of an engine run, from its recorded routing and guesses: a ``sim.run`` object."""
-    chosen = run.replace(predictor=rung_of(run.predictor))
-    return Experiment(references=False).run(Setting(trace, machine, trace.model, bits, slots, chosen), log, timeline)
-
-
-def simulated_passes(trace: Trace, machine: HardwareProfile, bits: int, slots: int, run: Options) -> list[int]:
-    """What the simulator says of every decode pass of an engine run, in nanoseconds."""
-    chosen = run.replace(predictor=rung_of(run.predictor))
-    ends = pass_ends_ns(Setting(trace, machine, trace.model, bits, slots, chosen))
-    lengths = [end - start for start, end in itertools.pairwise([0, *ends])]
-    return [ns for ns, forward in zip(lengths, trace.passes(), strict=True) if forward.phase == DECODE]
+    clock: HardwareProfile | None = None,
+) -> tuple[dict[str, Any], list[int]]:
+    """What the simulator says of an engine run, from its recorded routing and guesses: a ``sim.run`` object, and the
+    nanoseconds of every decode pass. ``clock``: the profile the engine's planner had, if it is not ``machine``.
+    """
+    setting = Setting(trace, machine, trace.model, bits, slots, run.replace(predictor=rung_of(run.predictor)))
+    ledger = replay(setting, log, timeline, clock)
+    bounds = Experiment(references=False).bounds(setting)
+    return summary(setting, ledger) | {"driver": "simpy", "bounds": bounds}, ledger.decode_ns
 
 
 def steady(repeats: Sequence[Sequence[int]], kept: Sequence[Sequence[bool]]) -> tuple[list[int | None], float]:
@@ -198,14 +195,13 @@ def recheck(path: Path) -> dict[str, Any]:
     differences: list[dict[str, Any]] = []
     try:
         document = json.loads(path.read_text())
-        stored = document["profile"]
-        profile = machine_from(stored["machine"], stored["evidence"], stored["sources"])
+        profile, known = (_profile(document[name]) for name in ("profile", "clock"))
         for number, cell in enumerate(document["cells"]):
             trace = traces.load(path.with_name(Path(cell["trace"]).name))
             run = options(cell["policy"], **cell["options"])
-            machine = paced(profile, cell["link_gb_s"])
-            now = json.loads(json.dumps(replayed(trace, machine, cell["bits"], cell["slots"], run)))
-            passes = simulated_passes(trace, machine, cell["bits"], cell["slots"], run)
+            machine, clock = (paced(one, cell["link_gb_s"]) for one in (profile, known))
+            found_now, passes = replayed(trace, machine, cell["bits"], cell["slots"], run, clock=clock)
+            now = json.loads(json.dumps(found_now))
             measured = cell["measured"] | {"tpot_s": cell["measured"]["tpot_all_s"]}
             measured, now = over_passes(measured, now, cell["pass_ns"], passes)
             cell_now = {
@@ -223,6 +219,10 @@ def recheck(path: Path) -> dict[str, Any]:
             f"--recheck {path.name}: {type(error).__name__} {error}; name a file written by --out, its traces beside it"
         ) from None
     return {"recheck": path.name, "cells": len(document["cells"]), "differences": differences, **verdict}
+
+
+def _profile(stored: dict[str, Any]) -> HardwareProfile:
+    return machine_from(stored["machine"], stored["evidence"], stored["sources"])
 
 
 def changed(stored: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -143,12 +143,18 @@ def planner(setting: Setting, timing: Timing, keep_time: bool = False) -> Planne
     )
 
 
-def replay(setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> Ledger:
-    """Run the SimPy driver once."""
+def replay(
+    setting: Setting,
+    log: IO[str] | None = None,
+    timeline: Timeline | None = None,
+    clock: HardwareProfile | None = None,
+) -> Ledger:
+    """Run the SimPy driver once; ``clock`` times the planner's virtual link clock in place of the setting's machine."""
     timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
+    known = Timing(clock, setting.model, setting.bits, setting.options) if clock else timing
     simulation = Simulation(
         setting.trace,
-        planner(setting, timing),
+        planner(setting, known),
         timing,
         setting.options,
         predictor(setting),
@@ -234,9 +240,15 @@ class Experiment:
     driver: str = "simpy"
     _tpot: dict[tuple[Any, ...], float | None] = field(default_factory=dict)
 
-    def run(self, setting: Setting, log: IO[str] | None = None, timeline: Timeline | None = None) -> dict[str, Any]:
-        """The JSON object of one run (interface contract)."""
-        used = self.driver if timeline is None else "simpy"
+    def run(
+        self,
+        setting: Setting,
+        log: IO[str] | None = None,
+        timeline: Timeline | None = None,
+        clock: HardwareProfile | None = None,
+    ) -> dict[str, Any]:
+        """The JSON object of one run (interface contract); ``clock`` as for `replay`, in SimPy."""
+        used = self.driver if timeline is None and clock is None else "simpy"
         if used == "compiled":
             try:
                 ledger = compiled_replay(setting, log)
@@ -244,10 +256,10 @@ class Experiment:
                 print(error, file=sys.stderr)
                 used = "simpy"
         if used == "simpy":
-            ledger = replay(setting, log, timeline)
+            ledger = replay(setting, log, timeline, clock)
         result = summary(setting, ledger) | {"driver": used}
         self._tpot[_key(setting)] = result["tpot_s"]
-        result["bounds"] = self._bounds(setting)
+        result["bounds"] = self.bounds(setting)
         floor, tpot = result["bounds"]["joint_floor_s"], result["tpot_s"]
         if tpot is not None and tpot < floor * (1 - 1e-9):
             raise AssertionError(f"TPOT {tpot} is below the joint floor {floor}: the simulator is wrong")
@@ -257,7 +269,8 @@ class Experiment:
         """TPOT alone; None when no pass is timed."""
         return quick_tpot_s(setting) if self.driver == "simpy" else _compiled_tpot_s(setting)
 
-    def _bounds(self, setting: Setting) -> dict[str, float | None]:
+    def bounds(self, setting: Setting) -> dict[str, float | None]:
+        """The bounds of a setting and, if they are wanted, its references, in seconds per decode token."""
         timing = Timing(setting.machine, setting.model, setting.bits, setting.options)
         trace, run = setting.trace, setting.options
         weights = bounds.timed_passes(trace)

@@ -62,14 +62,16 @@ def of_cell(document: Record, cell: Record, folder: Path) -> Process:
         NotHereError: no trace there, or another result.
     """
     try:
-        stored = document["profile"]
-        profile = machine_from(stored["machine"], stored["evidence"], stored["sources"])
+        profile, known = (
+            machine_from(stored["machine"], stored["evidence"], stored["sources"])
+            for stored in (document["profile"], document.get("clock", document["profile"]))
+        )
         pace = cell["link_gb_s"]
         trace = traces.load(folder / Path(cell["trace"]).name)
         run = options(cell["policy"], **cell["options"]).replace(predictor="router")
         setting = Setting(trace, paced(profile, pace), trace.model, cell["bits"], cell["slots"], run)
         name = f"{cell['policy']}, {cell['bits']} bits, {cell['slots']} slots" + (f", {pace:g} GB/s" if pace else "")
-        process, result = _simulated(setting, f"simulated: {name}")
+        process, result = _simulated(setting, f"simulated: {name}", paced(known, pace))
         wanted = cell["simulated"]["load_log_sha256"]
     except (SpecError, TraceError, KeyError, TypeError, ValueError, OSError) as error:
         raise NotHereError(str(error)) from None
@@ -86,10 +88,10 @@ def paced(profile: HardwareProfile, gb_s: float | None) -> HardwareProfile:
     return dataclasses.replace(profile, link=link)
 
 
-def _simulated(setting: Setting, name: str) -> tuple[Process, Record]:
+def _simulated(setting: Setting, name: str, clock: HardwareProfile | None = None) -> tuple[Process, Record]:
     stream = io.StringIO()
     timeline = Timeline(stream, name)
-    result = Experiment(references=False).run(setting, None, timeline)
+    result = Experiment(references=False).run(setting, None, timeline, clock)
     timeline.close()
     found = processes(json.loads(stream.getvalue())["traceEvents"])
     if not found:

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="the engine needs the runtime extra")
 pytest.importorskip("transformers", reason="the engine needs the runtime extra")
 pytest.importorskip("hqq", reason="the engine needs the runtime extra")
 
-from runtime.bench import forced_cells, model_parts, programme, targets
+from runtime.bench import forced_cells, programme, targets
 from runtime.bench.__main__ import BUDGET_S, PARTS, main, parser
 from runtime.bench.book import Book, DeviceLostError, UnavailableError
 
@@ -249,16 +249,3 @@ def test_what_is_planned_can_be_asked_for() -> None:
         assert forced_cells.policies_of(blocks)
     widths = {b.bits for b in forced_cells.blocks(False) if b.shape == "mixtral-8x7b"}
     assert widths == set(programme.LADDER_BITS)
-
-
-def test_a_command_that_does_not_know_the_device_is_refused_not_failed() -> None:
-    def old(model_dir: str, bits: int) -> str:
-        return f"{model_dir} {bits}"
-
-    def new(model_dir: str, device: str = "cpu") -> str:
-        return f"{model_dir} {device}"
-
-    assert model_parts.taken(old, "cpu", model_dir="m", bits=4, name="x") == "m 4"
-    assert model_parts.taken(new, "cuda", model_dir="m", bits=4) == "m cuda"
-    with pytest.raises(UnavailableError, match="takes no device"):
-        model_parts.taken(old, "cuda", model_dir="m", bits=4)

@@ -161,7 +161,8 @@ def checked_records(path: str, records: list[Record]) -> list[Record]:
             found = len(record["blocks"][name])
             if found != most:
                 raise SpecError(
-                    f"results {path}: a result has {found} blocks of {name}, another of the same tokens {most}; {REMEDY}"
+                    f"results {path}: a result has {found} blocks of {name}, another of the same tokens has {most}; "
+                    f"{REMEDY}"
                 )
     return records
 

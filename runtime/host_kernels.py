@@ -34,29 +34,50 @@ def _float(half):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, fastmath=ANY_ORDER, error_model="numpy")
-def _rows(words, bits, values, scale, zero, x, sums, y, first, last):  # type: ignore[no-untyped-def]
-    """y[first:last] of one matrix: words [R, g], scale and zero as float16 bits [G], x [K], sums [K / g], y [N]."""
+def _rows(words, bits, values, by_row, scale, zero, x, sums, y, first, last):  # type: ignore[no-untyped-def]
+    """y[first:last] of one matrix: words [R, g], scale and zero as float16 bits [G], x [K], sums [K / g], y [N].
+
+    Which value of which word row a group is, is counted on from group to group, as `runtime.repack` says it for its
+    two orders; ``by_row``: the order is "rows".
+    """
     rows, size = words.shape
     per_row = sums.shape[0]
+    whole = per_row // values  # word rows that one output row fills, and groups that it leaves over
+    rest = per_row - whole * values
+    top = np.int32(bits * (values - 1))
     mask = np.int32((1 << bits) - 1)
     lanes = np.empty(size, np.float32)
     for n in range(first, last):
         group = n * per_row
-        row = group % rows
-        shift = np.int32(bits * (values - 1 - group // rows))
+        if by_row:
+            row = n * whole
+            shift = top
+        else:
+            row = group % rows
+            shift = top - np.int32(bits * (group // rows))
         zeros = np.float32(0)
         lanes[:] = 0
         for j in range(per_row):
+            if by_row and j == whole * values:
+                left = n * rest
+                row = y.shape[0] * whole + left // values
+                shift = top - np.int32(bits * (left % values))
             word, part = words[row], x[j * size : (j + 1) * size]
             factor = _float(scale[group])
             for k in range(size):
                 lanes[k] += np.float32((np.int32(word[k]) >> shift) & mask) * factor * part[k]
             zeros += factor * _float(zero[group]) * sums[j]
             group += 1
-            row += 1
-            if row == rows:
-                row = 0
+            if by_row:
                 shift -= np.int32(bits)
+                if shift < 0:
+                    row += 1
+                    shift = top
+            else:
+                row += 1
+                if row == rows:
+                    row = 0
+                    shift -= np.int32(bits)
         total = np.float32(0)
         for k in range(size):
             total += lanes[k]
@@ -73,7 +94,7 @@ class StoredExpert:
     """One quantized expert where it stands, ready to be multiplied.
 
     Args:
-        pieces: views into its buffer (`runtime.quantize.views`), of 2, 3, 4 or 8 bits.
+        pieces: views into its buffer (`runtime.quantize.views`), of 2, 3, 4 or 8 bits, in any order of codes.
         threads: None for one, else a pool that takes its share of a matrix's rows.
         shares: parts a matrix's rows are cut into.
     """
@@ -101,7 +122,8 @@ class StoredExpert:
         layout, matrix = self._layout, self._matrices[i]
         y = torch.empty(outputs)
         sums = x.view(-1, layout.group_size).sum(1).numpy()
-        same = (matrix.words, layout.bits, layout.values, matrix.scale, matrix.zero, x.numpy(), sums, y.numpy())
+        codes = (matrix.words, layout.bits, layout.values, layout.order == "rows")
+        same = (*codes, matrix.scale, matrix.zero, x.numpy(), sums, y.numpy())
         edges = [outputs * share // self._shares for share in range(self._shares + 1)]
         if self._threads is None:
             _rows(*same, 0, outputs)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import traces
 from runtime import corpus, gates, models, prompts, provenance
 from runtime.copier import CopierError
+from runtime.devices import names
 from runtime.engine import Engine
 from runtime.lookahead import GATES_FILE, LADDER, UNTRAINED, Gates
 from runtime.recorder import Recorder
@@ -44,6 +45,7 @@ def record(
     logits: bool = True,
     predictors: Sequence[str] = ("router",),
     gates_file: Path | None = None,
+    device: str = "cpu",
 ) -> Trace:
     """Generate ``tokens`` tokens after every prompt and keep all routing and guesses.
 
@@ -55,6 +57,7 @@ def record(
         GateError: a predictor that cannot be had.
         ValueError: an empty prompt.
         ModelError, StoreError: a model that cannot be used.
+        DeviceError: no such device.
     """
     spec = models.spec_of(model_dir)
     run = options("on_demand")
@@ -66,6 +69,8 @@ def record(
         machine=UNPACED,
         record=lookahead,
         record_logits=logits,
+        device=device,
+        paced=device == "cpu",
     ) as engine:
         assert engine.recorder is not None
         rungs: dict[str, Gates] = {}
@@ -129,6 +134,7 @@ def rungs_asked(names: Sequence[str], model_dir: Path, gates_file: Path | None) 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m runtime.record", description=__doc__.splitlines()[0])
     p.add_argument("--model", type=Path, default=models.DEMO, metavar="DIR", help="default: the demonstration model")
+    p.add_argument("--device", choices=names(), default="cpu", help="where experts are computed (default %(default)s)")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or JSON lines (default: built in)")
     p.add_argument("--corpus", type=Path, nargs="+", metavar="FILE", help="cut prompts from the held-out part of these")
     p.add_argument(
@@ -184,6 +190,7 @@ def main() -> int:
             logits=not args.no_logits,
             predictors=rungs_asked(args.predictor or ["router"], args.model, args.gates),
             gates_file=args.gates,
+            device=args.device,
         )
         traces.save(trace, args.out)
     except (ValueError, OSError, CopierError) as error:

@@ -117,6 +117,27 @@ class HardwareProfile:
         evidence, sources = values.pop("evidence"), values.pop("sources")
         return {"machine": values, "evidence": evidence, "sources": sources}
 
+    def essence(self) -> dict[str, Any]:
+        """The file's content without sources and without what has its default value: what results are known by, so
+        that a field which a later version adds, and by default changes nothing, makes them no strangers.
+        """
+        values = _beyond_defaults(self)
+        values.pop("sources", None)
+        return {"machine": values, "evidence": values.pop("evidence", self.evidence)}
+
+
+def _beyond_defaults(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _beyond_defaults(item) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {}
+    for one in dataclasses.fields(value):
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if getattr(value, one.name) != default:
+            found[one.name] = _beyond_defaults(getattr(value, one.name))
+    return found
+
 
 def names(folder: Path) -> list[str]:
     """Names of the shipped profiles or models."""

@@ -284,11 +284,9 @@ def shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tu
     named = model or (DEFAULT_MODEL if trace == str(shipped()) else "")
     shape = machines.load_model(named) if named else routed.model
     found, shape = machines.override(machines.load_machine(machine), shape, list(changes))
-    content = found.to_json()
-    del content["sources"]
     shape = fit(shape, routed)
     check_reach(found, shape, routed)
-    return json.dumps(content, sort_keys=True), json.dumps(shape.to_json(), sort_keys=True)
+    return json.dumps(found.essence(), sort_keys=True), json.dumps(shape.to_json(), sort_keys=True)
 
 
 def _check(setting: Setting, vram_bytes: int | None) -> None:

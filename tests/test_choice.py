@@ -133,6 +133,9 @@ def test_residuals_of_a_profile_are_read_and_checked() -> None:
     machine = load({"dense": [0.9, 1.0, 1.2]})
     assert machine.operators["x"].residuals == {"dense": (0.9, 1.0, 1.2)}
     assert machine_from(machine.to_json()["machine"], "MEASURED", {}) == machine
+    essence = machine.essence()
+    assert machine_from(essence["machine"], essence["evidence"], {}) == machine
+    assert set(essence["machine"]) == {*values, "operators"}  # what results are known by: no field at its default
     for wrong in ({"dense": [1.2, 0.9]}, {"dense": [1.0]}, {"gpu": [1.0, 1.0]}, {"dense": [0.0, 1.0]}):
         with pytest.raises(SpecError, match="residuals"):
             load(wrong)

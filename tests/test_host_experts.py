@@ -29,6 +29,7 @@ from runtime.generate import main  # noqa: E402
 from runtime.host_calibration import HostFigures, host_figures, silu_product  # noqa: E402
 from runtime.host_experts import HostExperts, HostThread  # noqa: E402
 from runtime.quantize import ExpertLayout, forward, pack, views  # noqa: E402
+from runtime.repack import ORDERS, Order  # noqa: E402
 from runtime.rows import ExpertRows  # noqa: E402
 from runtime.store import HostStore  # noqa: E402
 from sim.machine import HardwareProfile, LinkProfile, Operators  # noqa: E402
@@ -65,25 +66,32 @@ def machine_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def packed(hidden: int, inner: int, bits: int, group: int, biases: bool) -> tuple[ExpertLayout, torch.Tensor]:
+def packed(
+    hidden: int, inner: int, bits: int, group: int, biases: bool, order: Order
+) -> tuple[ExpertLayout, torch.Tensor]:
     generator = torch.Generator().manual_seed(bits)
     count = 2 * inner + hidden if biases else 0
-    layout = ExpertLayout(hidden, inner, bits, group, count)
+    layout = ExpertLayout(hidden, inner, bits, group, count, order)
     shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
     gate, up, down = (torch.randn(shape, generator=generator) * 0.1 for shape in shapes)
     row = torch.randn(count, generator=generator) if biases else None
     return layout, pack(gate, up, down, layout, optimize=False, biases=row)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4, 3, 2])
 @pytest.mark.parametrize(
-    ("hidden", "inner", "group", "biases"), [(64, 128, 64, False), (96, 160, 32, True), (256, 128, 128, False)]
+    ("bits", "order"), [(16, "hqq"), (8, "hqq"), *((bits, order) for bits in (4, 3, 2) for order in ORDERS)]
+)
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group", "biases"),
+    [(64, 128, 64, False), (96, 160, 32, True), (256, 128, 128, False), (352, 416, 32, False)],
 )
 @pytest.mark.parametrize("threads", [1, 3])
-def test_weights_are_multiplied_as_they_stand(bits, hidden, inner, group, biases, threads) -> None:
-    """Every width, words whose values end in the middle of an output row, biases, rows shared by threads."""
+def test_weights_are_multiplied_as_they_stand(bits, hidden, inner, group, biases, order, threads) -> None:
+    """Every width in both orders of codes, words whose values end in the middle of an output row, biases, rows shared
+    by threads. Row by row: fewer groups a row than values a word, as many, and more with a rest.
+    """
     pytest.importorskip("numba", reason="compiled products need the fast extra")
-    layout, buffer = packed(hidden, inner, bits, group, biases)
+    layout, buffer = packed(hidden, inner, bits, group, biases, order)
     torch.set_num_threads(threads)
     with ExpertRows(2, layout.expert_bytes) as rows:
         rows.row(1).copy_(buffer)

@@ -44,17 +44,22 @@ SHAPES = [(64, 192, 32), (64, 192, 64), (192, 320, 64), (64, 64, 16), (128, 256,
 LAYOUTS = [ExpertLayout(hidden, inner, bits, group) for hidden, inner, group in SHAPES for bits in (8, 4, 3, 2)]
 
 
+# What the interpreter, which is slow, computes of these: 3 bits always, one other width a shape. All of them with every
+# shape, group, type and number of tokens: tests/kernel_errors.py.
+COMPUTED = [layout for n, layout in enumerate(LAYOUTS) if layout.bits in (3, (8, 4, 2)[n // 4 % 3])]
+
+
 def name(layout: ExpertLayout) -> str:
     return f"{layout.bits}b-g{layout.group_size}-{layout.hidden_size}x{layout.expert_size}"
 
 
 @needs_triton
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize("layout", COMPUTED, ids=name)
 def test_every_width_group_and_shape_in_both_orders(layout, device):
     """One token by sums, three by products, in HQQ's order and row by row, against float64.
 
-    All four at 3 bits; the interpreter is too slow for all of them at the others, whose code is the same.
+    All four at 3 bits; one by sums and one by products at the others, whose code is the same.
     """
     expert = random_expert(layout)
     x = torch.randn(3, layout.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -197,7 +202,7 @@ def test_the_compiler_makes_of_them_what_their_tiles_are_chosen_for(architecture
 # In the engine
 
 
-SOME = [layout for n, layout in enumerate(layouts()) if n % 7 == 0]
+SOME = [layout for n, layout in enumerate(layouts()) if n % 13 == 0]
 
 
 @needs_triton
@@ -234,12 +239,12 @@ def passes(model, batch: int) -> list[torch.Tensor]:
 @needs_triton
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="slots of the CPU: compiled for the GPU here")
-@pytest.mark.parametrize(("family", "bits"), [("mixtral", 3), ("gpt_oss", 4)])
-def test_offloading_never_changes_a_bit_with_kernels_either(saved, monkeypatch, tmp_path, family, bits):
+@pytest.mark.parametrize(("family", "bits", "batches"), [("mixtral", 3, (1, 3)), ("gpt_oss", 4, (3,))])
+def test_offloading_never_changes_a_bit_with_kernels_either(saved, monkeypatch, tmp_path, family, bits, batches):
     """Bit-equal with two slots and with all; beside dequantizing, float32 rounding only. gpt-oss: biases, clamped."""
     options = {"bits": bits, "optimize": False, "progress": False, "store": tmp_path / "rows"}
     plain = offload(saved(family), **options | {"store": None})
-    expected = {batch: passes(plain, batch) for batch in (1, 3)}
+    expected = {batch: passes(plain, batch) for batch in batches}
     plain.offload_close()
     monkeypatch.setattr(offloading, "open_device", lambda name: FusedCpu())
     found = {}
@@ -248,7 +253,7 @@ def test_offloading_never_changes_a_bit_with_kernels_either(saved, monkeypatch, 
         executor = model.offloaded.executor
         assert executor.store.layout.order == "rows" and not executor.experts.workspaces
         assert model.offloaded.budget.buffer_bytes < 64 * 64 * 3 * 4  # no dequantized expert
-        found[slots] = {batch: passes(model, batch) for batch in (1, 3)}
+        found[slots] = {batch: passes(model, batch) for batch in batches}
         assert slots == 4 or model.offload_stats()["misses"] > 0
         model.offload_close()
     for batch, logits in expected.items():

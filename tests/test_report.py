@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def test_a_timeline_file_is_shown_for_the_tokens_asked_for(tmp_path: Path) -> No
 def test_outcomes_are_those_the_drivers_count() -> None:
     """Hits, late loads and misses read off a timeline are the run's own counts."""
     seen: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(80):
         setting = random_setting(seed)
         stream = io.StringIO()
         timeline = Timeline(stream, "run")
@@ -312,7 +313,10 @@ REFUSED = [
     ("other", '{"a": 1}', "hold neither"),
     ("cells", '{"cells": []}', "no cells"),
     ("half", '{"cells": [{"measured": {"tpot_s": 1}}]}', "without both times"),
-    ("poor", '{"key": "k"}\n', "has no 'tokens_per_s'"),
+    ("poor", '{"key": "k"}\n', "a result has no 'tokens_per_s'"),
+    ("untimed", '{"key": "k", "tokens_per_s": null}\n', "a result has no 'evidence'"),
+    ("still", '{"key": "k", "tokens_per_s": 0}\n', "a result has tokens_per_s 0; it must be a number above 0"),
+    ("sides", '{"cells": [{"measured": {"tpot_s": 1}, "simulated": {"tpot_s": 1}}]}', "a cell has no 'policy'"),
 ]
 
 
@@ -341,6 +345,56 @@ def test_a_value_of_the_wrong_kind_is_refused_or_shown_but_never_a_traceback(
         Reader(made(tmp_path, source).removeprefix("<!DOCTYPE html>"))
     except SpecError as error:
         assert str(source) in str(error) or "no setting has a time" in str(error)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where everything in a result stands."""
+    for key in value if isinstance(value, dict) and path[-1:] != ("prefill",) else ():
+        yield (*path, key)
+        yield from leaves(value[key], (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy with something else there; without it for Ellipsis."""
+    key, *rest = path
+    if rest:
+        return {**value, key: changed(value[key], tuple(rest), new)}
+    return {k: v for k, v in value.items() if k != key} | ({} if new is ... else {key: new})
+
+
+@pytest.mark.parametrize("kind", ["sweep", "validation"])
+def test_whatever_a_field_holds_there_is_a_page_or_one_sentence(kind: str, tmp_path: Path) -> None:
+    """Every field of a result in turn, missing and with values of every kind."""
+    source = tmp_path / "odd"
+    noisy = {"shares": {"dense": 0.5}, "residuals": {"dense": [0.9, 1.0, 1.1]}, "trace_sha256": "1" * 64}
+    runs, document = [r | noisy for r in records()[:3]], json.loads(VALIDATION.read_text())
+    cells = [{k: v for k, v in cell.items() if k != "trace"} for cell in document["cells"][:2]]
+    first = runs[0] if kind == "sweep" else cells[0]
+    odd: list[Any] = [..., None, "x", [], {}, True, -1, 0, float("nan"), 10**400]
+    shown: Counter[bool] = Counter()
+    for number, path in enumerate(leaves(first)):
+        for value in odd[number % 3 :: 3]:
+            one = changed(first, path, value)
+            if kind == "sweep":
+                lines(source, [one, *runs[1:]])
+            else:
+                source.write_text(json.dumps(document | {"cells": [one, cells[1]], "profile": {}}))
+            try:
+                made(tmp_path, source)
+                shown[True] += 1
+            except SpecError as error:
+                assert str(source) in str(error) and "\n" not in str(error), path
+                shown[False] += 1
+    assert min(shown.values()) > 50
+
+
+def test_a_mistake_of_the_programs_own_is_not_called_a_damaged_file(tmp_path: Path, monkeypatch: Any) -> None:
+    def mistaken(*_: Any) -> None:
+        raise KeyError("of our own")
+
+    monkeypatch.setattr(page, "sweep_sections", mistaken)
+    with pytest.raises(KeyError, match="of our own"):
+        made(tmp_path, SLOTS)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def check_recheck(result: Path, folder: Path, monkeypatch, capsys) -> None:
         (validate, ["--link-gb-s", "0"], "link-gb-s"),
         (validate, ["--slots", "9"], "must be 2 to 8"),
         (validate, ["--policy", "on_demand:cache=belady"], "needs the future"),
-        (calibrate, ["--model", "nowhere", "--out", "x"], "config.json"),
+        (calibrate, ["--model", "nowhere", "--out", "x", "--allow-busy"], "config.json"),
         (calibrate, ["--tokens", "1", "--out", "x"], "at least 8"),
         (calibrate, ["--out", "missing/x.json"], "does not exist"),
         (record, ["--out", "missing/x"], "does not exist"),

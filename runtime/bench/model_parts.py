@@ -1,12 +1,10 @@
 """Parts `calibrate`, `validate` and `record`: the demonstration model on the device, by those commands' functions.
 
-One thin adapter: they are given what they take; where one does not know the device, the cell is refused and says so.
+All three take the device.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,6 @@ from runtime.devices import Device
 
 BITS = (4,)
 POLICIES = ("on_demand", "mixtral_offloading", "speculative")
-
-
-def taken(function: Callable[..., Any], device: str, **wanted: Any) -> Any:
-    """``function`` called with what it takes of ``wanted``, and the device.
-
-    Raises:
-        UnavailableError: a device other than cpu, and the function takes none.
-    """
-    known = inspect.signature(function).parameters
-    if "device" in known:
-        wanted["device"] = device
-    elif device != "cpu":
-        raise UnavailableError(f"{function.__module__}.{function.__name__} takes no device, so it knows cpu alone")
-    return function(**{name: value for name, value in wanted.items() if name in known})
 
 
 def parsed(module: Any, words: list[str]) -> Any:
@@ -51,10 +35,16 @@ def run_calibrate(book: Book, device: Device, smoke: bool) -> None:
     def work() -> dict[str, Any]:
         from runtime import calibrate
 
-        wanted = {"model_dir": models.DEMO, "bits": BITS, "tokens": 8 if smoke else 48, "name": device.name}
-        profile = taken(calibrate.calibrate, device.name, **wanted)
-        calibrate.save(profile, beside)
-        return {"file": beside.name, "profile": profile.to_json()}
+        amount: dict[str, Any] = {"tokens": 8, "rounds": 1, "context": 32} if smoke else {}
+        made = calibrate.calibrate(models.DEMO, BITS, name=device.name, device=device.name, **amount)
+        calibrate.save(made.profile, beside)
+        return {
+            "file": beside.name,
+            "profile": made.profile.to_json(),
+            "held_out_errors": made.errors,
+            "spread": made.spread,
+            "kept_share": made.kept_share,
+        }
 
     found = book.cell("calibrate/demo", work)
     if found:
@@ -103,13 +93,9 @@ def run_record(book: Book, device: Device, smoke: bool) -> None:
         from runtime import record
 
         asked = list(prompts.BUILT_IN)[: 1 if smoke else None]
-        wanted = {
-            "model_dir": models.DEMO,
-            "asked": asked,
-            "tokens": 4 if smoke else 64,
-            "predictors": record.rungs_asked(["all"], models.DEMO, None),
-        }
-        trace = taken(record.record, device.name, **wanted)
+        rungs = record.rungs_asked(["all"], models.DEMO, None)
+        tokens = 4 if smoke else 64
+        trace = record.record(models.DEMO, asked, tokens, predictors=rungs, device=device.name)
         traces.save(trace, beside)
         return {"file": beside.name, "decode_tokens": trace.num_decode_tokens, "predictors": list(trace.guesses)}
 

@@ -10,12 +10,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sim import choice as choices
-from sim import results
 from sim.report import again, events, page, sweep, validation
 from sim.report.page import Section, Timelines
+from sim.report.reading import Found, read
 from sim.run import check_target
 from sim.spec import SpecError
 from traces.cli import Parser
@@ -48,54 +48,6 @@ def parser() -> argparse.ArgumentParser:
         "--best", default="tpot", metavar="WISH", help="what to recommend, as for sim.sweep (default %(default)s)"
     )
     return p
-
-
-class Found(NamedTuple):
-    """A result file: records of a sweep, or the document of a validation."""
-
-    records: list[Record]
-    document: Record | None
-
-
-def read(path: str) -> Found:
-    """A result file, recognised by what it holds.
-
-    Raises:
-        SpecError: neither a sweep nor a validation.
-    """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not text"
-        raise SpecError(f"results {path}: {why}; name a file of sim.sweep --out or runtime.validate --out") from None
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        whole = None
-    if isinstance(whole, dict) and "cells" in whole:
-        return Found([], checked(path, whole))
-    if isinstance(whole, dict) and "key" not in whole:
-        raise SpecError(f"results {path} hold neither; name a file of sim.sweep --out or runtime.validate --out")
-    records = list(results.records(path))
-    if not records:
-        raise SpecError(f"results {path} hold no record; name a file of sim.sweep --out or runtime.validate --out")
-    return Found(records, None)
-
-
-def checked(path: str, document: Record) -> Record:
-    """A validation whose cells have both sides.
-
-    Raises:
-        SpecError: it has no cells, or one lacks a time.
-    """
-    cells = document["cells"]
-    try:
-        times = [cell[side]["tpot_s"] for cell in cells for side in ("measured", "simulated")]
-    except (KeyError, TypeError):
-        times = [None]
-    if not times or not all(times):
-        raise SpecError(f"results {path}: no cells, or one without both times; name a file of runtime.validate --out")
-    return document
 
 
 def timelines(args: argparse.Namespace, found: Found, wanted: choices.Wish) -> Timelines:
@@ -150,18 +102,10 @@ def sections(args: argparse.Namespace, found: Found) -> list[Section]:
         SpecError: what the results or the timeline lack.
     """
     wanted = choices.wish(args.best)
-    try:
-        shown = timelines(args, found, wanted)
-        if found.document is not None:
-            return page.validation_sections(found.document, shown)
-        return page.sweep_sections(found.records, wanted, shown)
-    except SpecError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        said = f"has no {error}" if isinstance(error, KeyError) else f"has a value of the wrong kind ({error})"
-        raise SpecError(
-            f"results {args.results}: a result {said}; name a file of sim.sweep or runtime.validate as it was written"
-        ) from None
+    shown = timelines(args, found, wanted)
+    if found.document is not None:
+        return page.validation_sections(found.document, shown)
+    return page.sweep_sections(found.records, wanted, shown)
 
 
 def run(args: argparse.Namespace) -> Record:

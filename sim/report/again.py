@@ -64,7 +64,7 @@ def of_cell(document: Record, cell: Record, folder: Path) -> Process:
     try:
         profile, known = (
             machine_from(stored["machine"], stored["evidence"], stored["sources"])
-            for stored in (document["profile"], document.get("clock", document["profile"]))
+            for stored in (document["profile"], document.get("clock") or document["profile"])
         )
         pace = cell["link_gb_s"]
         trace = traces.load(folder / Path(cell["trace"]).name)

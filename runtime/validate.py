@@ -55,7 +55,7 @@ from sim.timeline import Timeline, merge
 from traces import Trace
 from traces.cli import Parser
 
-ENOUGH, MORE_REPEATS = 1.5, 2  # undisturbed passes wanted, in whole repeats; how often a cell is repeated for them
+ENOUGH, MORE_REPEATS = 0.5, 2  # least share of undisturbed passes; how often a cell is repeated until it has them
 BETWEEN = 10  # engine runs after which the machine is measured again: its speed drifts by some per cent in minutes
 DEFAULT_POLICIES = ("on_demand", "speculative")
 
@@ -181,8 +181,8 @@ class Validation:
     def measure_all(
         self, cells: Sequence[Cell], repeats: int, calibration: calibrate.Calibration | None = None
     ) -> None:
-        """Every cell once, then every cell again, ...; the machine in between, if it is calibrated. Cells that had too few
-        undisturbed passes for one and a half repeats are measured again in the end.
+        """Every cell once, then every cell again, ...; the machine in between, if it is calibrated. Cells that had too
+        few undisturbed passes are measured again in the end.
         """
         self.measure(replace(cells[0], runs=[], logs=[], pass_ns=[], looks=[]))  # a warm-up that nobody keeps
         for number, cell in enumerate(
@@ -193,7 +193,7 @@ class Validation:
             self.measure(cell)
         for _ in range(MORE_REPEATS):
             for cell in cells:
-                if self.share(cell) < ENOUGH:
+                if self.share(cell) < ENOUGH * repeats:
                     if calibration:
                         calibration.round(policies=False)
                     self.measure(cell)

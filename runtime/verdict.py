@@ -260,7 +260,7 @@ def table(document: dict[str, Any], policies: Sequence[str]) -> str:
         f"link-bound, {scope['near_balance']} within 2 x of balance): TPOT error median "
         f"{document['median_abs_tpot_error']:.1%}, worst {document['max_abs_tpot_error']:.1%}; Kendall tau of the "
         f"policies' order {document['kendall_tau']:.2f}; regret of the simulator's choice {document['regret']:.1%}; "
-        f"load logs equal in {equal} of {scope['cells']} cells, {scope['decisions']:,} decisions. Only undisturbed passes "
-        f"count, {kept:.0%} or more of each cell's.",
+        f"load logs equal in {equal} of {scope['cells']} cells, {scope['decisions']:,} decisions. Only undisturbed "
+        f"passes count, {kept:.0%} or more of each cell's.",
     ]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ OWN: Final = {
     "on_demand": 0, "next_layer": 1, "speculative": 2, "mixtral_offloading_paper": 3,
     "mixtral_offloading_no_write_back": 4, "mixtral_offloading_copy_stream": 5, "mixtral_offloading": 6,
     "router": 0, "transition": 1, "aligned": 2, "mlp": 3, "router_mean": 4, "router_norm": 5, "previous_token": 6,
-    "popularity": 7,
+    "popularity": 7, "context": 8,
 }  # fmt: skip
 GREY: Final = "0.45"
 FLOOR: Final = "0.88"
@@ -49,9 +50,10 @@ def whole_numbers(axes: Axes, which: str = "x") -> None:
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the n-th line."""
+    """Colour, marker and dashes of the n-th line; after eight they come again, with hollow markers."""
     i = number % len(COLOURS)
-    return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 4.5}
+    hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}
+    return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 4.5} | hollow
 
 
 def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -62,8 +64,8 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
         own = OWN.get(name.partition(":")[0])
         if own is not None and own not in places.values():
             places[name] = own
-    left = iter([i for i in range(len(COLOURS)) if i not in places.values()])
-    return {name: look(places[name] if name in places else next(left, 0)) for name in names}
+    left = (i for i in itertools.count() if i not in places.values())
+    return {name: look(places[name] if name in places else next(left)) for name in names}
 
 
 def values(records: Iterable[Record], key: str) -> str:

@@ -38,7 +38,7 @@ def draw(figure: Figure, cells: list[Record]) -> Drawn:
     for name in names:
         chosen = [c for c in cells if c["policy"] == name]
         xs, ys = ([1e3 * c[side]["tpot_s"] for c in chosen] for side in ("measured", "simulated"))
-        style = {key: looked[name][key] for key in ("color", "marker")}
+        style = {key: looked[name][key] for key in ("color", "marker", "markerfacecolor") if key in looked[name]}
         left.plot(xs, ys, linestyle="", label=name, **style)
         rows = [i for i, c in enumerate(ordered) if c["policy"] == name]
         errors = [error(c) for c in ordered if c["policy"] == name]
@@ -50,7 +50,7 @@ def draw(figure: Figure, cells: list[Record]) -> Drawn:
     headline = finding(cells)
     for axis in (left.xaxis, left.yaxis):
         plain_ticks(axis, low, high)
-    left.legend(loc="upper left")
+    left.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.22))
     left.set_anchor("NW")
     right.axvline(0, color=GREY, lw=1)
     right.set(

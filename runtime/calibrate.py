@@ -31,6 +31,7 @@ from runtime import models, provenance
 from runtime.copier import Copier, CopierError, Request
 from runtime.devices import Device, names, open_device
 from runtime.engine import Engine, paced
+from runtime.experts import Waited
 from runtime.host_calibration import host_figures
 from runtime.host_experts import computes_on_host
 from runtime.laws import error, fitted, grouped, law, predicted, residuals, trimmed_mean
@@ -241,6 +242,8 @@ class Calibration:
             compiled=True,
             device=self.device,
         )
+        if self.device != "cpu":
+            engine.experts = Waited(engine.experts, engine.device)  # type: ignore[assignment]
         try:
             for _ in engine.generate(engine.tokenizer.encode(PROMPT), 6):
                 pass

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from runtime import kernels
+from runtime.devices import Device
 from runtime.family import Gated
 from runtime.quantize import ExpertLayout, ExpertViews, Workspace, forward, views
 from runtime.store import SlotPool
@@ -132,3 +133,18 @@ class SlotExperts:
     def close(self) -> None:
         """Let go of the views."""
         self._views.clear()
+
+
+class Waited:
+    """Experts that are waited for one by one, so that a span is an expert's own time on a device of its own."""
+
+    def __init__(self, experts: SlotExperts, device: Device) -> None:
+        self._experts, self._device = experts, device
+
+    def compute(self, *where: Any) -> int:
+        tokens = self._experts.compute(*where)
+        self._device.synchronize()
+        return tokens
+
+    def close(self) -> None:
+        self._experts.close()

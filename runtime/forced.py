@@ -579,18 +579,3 @@ class Checked:
 
     def close(self) -> None:
         self._experts.close()
-
-
-class Waited:
-    """Experts that are waited for one by one, so that a span is an expert's own time on a device of its own."""
-
-    def __init__(self, experts: SlotExperts, device: Device) -> None:
-        self._experts, self._device = experts, device
-
-    def compute(self, *where: Any) -> int:
-        tokens = self._experts.compute(*where)
-        self._device.synchronize()
-        return tokens
-
-    def close(self) -> None:
-        self._experts.close()

@@ -18,7 +18,8 @@ import numpy as np
 from runtime.bench.link import copier_rate
 from runtime.calibrate import trimmed_mean
 from runtime.devices import Device
-from runtime.forced import ForcedEngine, Held, Waited, with_sweep
+from runtime.experts import Waited
+from runtime.forced import ForcedEngine, Held, with_sweep
 from runtime.skeleton import moe_blocks
 from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import options

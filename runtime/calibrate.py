@@ -51,7 +51,9 @@ HELD_OUT_PAUSE_MS = 2.0
 TOKENS = 32  # of each engine run
 POLICIES = ("on_demand", "speculative")
 TEMPERATURE = 0.8  # of the sampling, whose time is part of the head
+LARGE_EXPERT = 16 << 20  # bytes
 SERIAL_COPIES = 100
+LINK_S = 1.0  # of copies of whole experts on a paced link, at most
 LINK_COPIES = 200  # of each size
 LINK_PIECES = (16, 8, 4, 2, 1)  # an expert in so many chunks
 MAPE = 0.05  # held-out error above which an operator is named
@@ -241,6 +243,7 @@ class Calibration:
             record=0,
             compiled=True,
             device=self.device,
+            paced=self.device == "cpu",
         )
         if self.device != "cpu":
             engine.experts = Waited(engine.experts, engine.device)  # type: ignore[assignment]
@@ -347,7 +350,7 @@ class Calibration:
         cooling, errors["after a wait"] = self._cooling()
         spread = {
             "dense": residuals(_dense(spans), dense),
-            "expert": residuals(ratios, (1e-9,)),
+            "expert": residuals(ratios, (1.0,)),
             "host": residuals([((), ns) for ns in _host_ns(found.policies["on_demand"])], (host["on_demand"],)),
         }
         reach = {"tokens": max(n for s in spans for _, n, _, _ in s.dense), "context": max(map(_context, spans))}
@@ -406,9 +409,11 @@ class Calibration:
 
 
 def _quiet(seen: Sequence[Seen], kept: Sequence[bool]) -> list[Spans]:
-    """The undisturbed passes, if there are decode passes among them; else all."""
-    chosen = [s.spans for s in seen if kept[s.look]]
-    return chosen if any(n == 1 for spans in chosen for n, _ in spans.host) else [s.spans for s in seen]
+    """The undisturbed passes; of passes with as many tokens, among which none was, all."""
+    groups: dict[int, list[Seen]] = {}
+    for one in seen:
+        groups.setdefault(one.spans.dense[0][1], []).append(one)
+    return [one.spans for group in groups.values() for one in ([x for x in group if kept[x.look]] or group)]
 
 
 def _experts(runs: Sequence[Spans]) -> list[tuple[tuple[int, ...], int]]:
@@ -500,7 +505,7 @@ def _chunk_seconds(
                 matrix @ matrix
             end = copier.wait().end_ns
         there = (end - start) / 1e9 / (loads * pieces) if h2d else 0.0
-        copier.drain()
+        copier.drain(60 + 2 * loads * store.expert_bytes / pace)
         back = (time.monotonic_ns() - start) / 1e9 / (loads * pieces) if d2h else 0.0
         return there, back
 
@@ -511,18 +516,21 @@ def link_laws(device: Device, store: ExpertRows, pace: float, copies: int = LINK
     ``pace`` in bytes/s; infinite: the link's own speed. Fixed times count per chunk.
     """
     sizes = [-(-store.expert_bytes // pieces) for pieces in LINK_PIECES]
+    copies = max(16, min(copies, round(LINK_S * pace / store.expert_bytes))) if pace < float("inf") else copies
     runs = [(size, _chunk_seconds(device, store, pace, size, copies, True, False)[0]) for size in sizes]
     backs = [(size, _chunk_seconds(device, store, pace, size, copies, False, True)[1]) for size in sizes]
     fixed, slope = law(((size,), s, 1.0) for size, s in runs[::2])
-    wrong = [abs((fixed + slope * size) / s - 1) for size, s in runs[1::2]]
     back_fixed, back_slope = law(((size,), s, 1.0) for size, s in backs)
+    if slope <= 0 or back_slope <= 0:
+        raise ValueError("the link takes no longer for larger copies; nothing can be fitted to that: measure again")
+    wrong = [abs((fixed + slope * size) / s - 1) for size, s in runs[1::2]]
     whole = sizes[-1]
     together = _chunk_seconds(device, store, pace, whole, copies, True, True)[0]
     computing = _chunk_seconds(device, store, pace, whole, copies, True, False, busy=True)[0]
     return LinkLaws(
         (fixed, 1e-9 / slope),
         (back_fixed, 1e-9 / back_slope),
-        min(whole / together / 1e9, 1e-9 / slope),
+        min(whole / max(1e-12, together - fixed) / 1e9, 1e-9 / slope),
         whole / computing / 1e9,
         max(wrong),
         copies * (len(sizes) * 2 + 2),
@@ -567,27 +575,33 @@ def serial_s(store: ExpertRows, gb_s: float) -> float:
         return trimmed_mean(found)
 
 
-def memory_gb_s() -> float:
-    """Bytes read and written per second by a large copy on one thread, decimal GB/s."""
-    source = torch.ones(64_000_000, dtype=torch.uint8)
+def memory_gb_s(device: Device) -> float:
+    """Bytes read and written per second by a large copy on the device (a processor's: on one thread), decimal GB/s."""
+    source = torch.ones(64_000_000, dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
     times = []
     for _ in range(5):
+        device.synchronize()
         start = time.perf_counter()
         target.copy_(source)
+        device.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * len(source) / min(times) / 1e9
 
 
-def tflops() -> float:
-    """float32 matrix product on one thread."""
-    a = torch.ones(768, 768)
+def tflops(device: Device) -> float:
+    """A matrix product on the device: bfloat16 of 4096; on a processor float32 of 768, on one thread."""
+    cpu = device.torch_device.type == "cpu"
+    size = 768 if cpu else 4096
+    a = torch.ones(size, size, dtype=torch.float32 if cpu else torch.bfloat16, device=device.torch_device)
     times = []
     for _ in range(5):
+        device.synchronize()
         start = time.perf_counter()
         a @ a
+        device.synchronize()
         times.append(time.perf_counter() - start)
-    return 2 * 768**3 / min(times) / 1e12
+    return 2 * size**3 / min(times) / 1e12
 
 
 # --- the profile --------------------------------------------------------------------------------------------------
@@ -614,19 +628,21 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
     laws, errors = work.operators()
     first = next(iter(work.stores.values()))
     device = open_device(work.device)
-    pace = work.gb_s * 1e9 if work.device == "cpu" else float("inf")
-    with device.hold(first):
-        link = link_laws(device, first, pace)
+    stated = work.device == "cpu"
+    if stated:
+        link = link_laws(device, first, work.gb_s * 1e9)
+    else:  # copies as large as real experts: of small ones the bytes take no time beside the fixed cost
+        with ExpertRows(8, max(first.expert_bytes, LARGE_EXPERT)) as rows, device.hold(rows):
+            link = link_laws(device, rows, float("inf"))
     _, wait_s = paced_link(first, work.gb_s) if work.device == "cpu" else (0.0, 0.0)
     serial = serial_s(first, 4 * work.gb_s) if work.device == "cpu" else 0.0
-    memory, arithmetic = memory_gb_s(), tflops()
+    memory, arithmetic = memory_gb_s(device), tflops(device)
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = others.share()
     made = f"{provenance.machine()}, commit {provenance.commit()}"
     busy = "not known" if share is None else f"{share:.0%} of the cores"
     measured = f"measured: {made}; used by other processes meanwhile: {busy}"
     errors["link"] = link.error
-    stated = work.device == "cpu"
     found = LinkProfile(work.gb_s, 0.0, work.gb_s, 0.0, work.gb_s)
     reached = (
         f"copies of five sizes reached {link.h2d[1]:.5g} GB/s to the device, {link.d2h[1]:.5g} back, "
@@ -640,8 +656,8 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         "link.d2h_gb_s": "stated: as h2d" if stated else measured,
         "link.d2h_fixed_s": "stated: as h2d" if stated else measured,
         "link.h2d_duplex_gb_s": "stated: as h2d" if stated else measured,
-        "memory_gb_s": measured + "; a 64 MB copy on one thread, bytes read and written",
-        "tflops": measured + "; a 768 x 768 float32 product on one thread",
+        "memory_gb_s": measured + "; a 64 MB copy, bytes read and written",
+        "tflops": measured + "; a matrix product",
         "wake_s": measured + "; from the end of a load until the waiting engine knows of it, mean",
         "serial_s": measured + "; from the end of a copy that is waited for until that is known, mean",
         "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
@@ -650,10 +666,15 @@ def profile_of(work: Calibration, others: OtherWork, name: str) -> Result:
         "vram_gb": "the device is the host's memory",
         "host_gb": "the system's figure",
     }
+    vram_bytes = host_bytes
+    if not stated:
+        sources |= dict.fromkeys(("wake_s", "serial_s"), "not measured on this device: 0")
+        sources["vram_gb"] = "the driver's figure"
+        vram_bytes = torch.cuda.get_device_properties(device.torch_device).total_memory
     idle = share is not None and share <= BUSY_SHARE and work.kept_share() >= 0.5
     profile = HardwareProfile(
         name=name,
-        vram_gb=round(host_bytes / 1e9, 1),
+        vram_gb=round(vram_bytes / 1e9, 1),
         host_gb=round(host_bytes / 1e9, 1),
         link=found,
         memory_gb_s=memory,

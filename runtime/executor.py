@@ -182,13 +182,13 @@ class Executor(PlanRunner):
         self._phase, self._tokens, self._context = phase, tokens, context
         self._starts_sequence = self._starts_sequence or not context
         self._busy_before = self.copier.stats().busy_ns
-        self._mark = self._pass_start = time.monotonic_ns()
         if self.gates and not context:
             self.gates.start(batch)
         if self.recorder:
             if not context:
                 self.recorder.start_sequences(batch, domain)
             self.recorder.start_pass(tokens, phase)
+        self._mark = self._pass_start = time.monotonic_ns()
         self._open = True
         if self.timeline:
             self.timeline.begin_pass(self._mark)
@@ -274,6 +274,8 @@ class Executor(PlanRunner):
         tokens = hidden.shape[0]
         looks = self.planner.looks(self._phase)
         ids_here, weights_here, *said_here = self.device.to_host(ids, weights, *([] if said is None else [said]))
+        if self.device.torch_device.type != "cpu":
+            before_gates = time.monotonic_ns()  # the device's part of the gates ends with all before them
         id_rows = ids_here.tolist()
         scores = None
         if self.gates and (looks or self._record_all):
@@ -282,8 +284,6 @@ class Executor(PlanRunner):
             self.gates.saw(layer, hidden)
         guesses = merged_guesses(scores) if scores is not None and looks else []
         known = time.monotonic_ns()
-        if self.device.torch_device.type != "cpu":
-            before_gates = known  # gates were given to the device with everything before them, and end with it
         experts, counts = router_order(id_rows)
         visit = Visit(
             self._index, layer, self._phase, tokens, self._context, experts, counts, guesses, self._starts_sequence

@@ -228,7 +228,8 @@ class ContextGates(TrunkGates):
     def start(self, sequences: int) -> None:
         """As `Gates.start`."""
         if sequences != self._last.shape[1]:  # else in place: a captured graph reads these very bytes
-            self._last = self._last.new_zeros(len(self._last), sequences, self._last.shape[-1])
+            with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+                self._last = self._last.new_zeros(len(self._last), sequences, self._last.shape[-1])
         self._known = [False] * len(self._known)
 
     def saw(self, layer: int, hidden: torch.Tensor) -> None:

@@ -239,6 +239,8 @@ def _ratios(where: str, values: Any) -> tuple[float, ...]:
     ratios = tuple(_positive(where, value) for value in values)
     if list(ratios) != sorted(ratios) or ratios[0] <= 0:
         raise SpecError(f"{where} must be above 0 and rise from quantile to quantile")
+    if not 0.1 <= ratios[len(ratios) // 2] <= 10:
+        raise SpecError(f"{where} has the median {ratios[len(ratios) // 2]:g}; measured / predicted is 0.1 to 10 there")
     return ratios
 
 

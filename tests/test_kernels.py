@@ -195,7 +195,7 @@ def test_the_compiler_makes_of_them_what_their_tiles_are_chosen_for(architecture
         assert shared <= (512 if tokens == 1 else 48 << 10), line
         if tokens == 1:
             groups = {3: 10, 4: 4}[bits]  # a loop's, unrolled: of two matrices, a scale and a zero each
-            assert (name, loads) == ("gate_up", groups * 4), line
+            assert name == "gate_up" and loads <= groups * 6, line  # 4 by triton 3.6, 6 by 3.9
     assert len(done.stdout.splitlines()) == 3
 
 

@@ -24,8 +24,8 @@ def cell(policy: str, measured: float, simulated: float, spread: float = 0.01, *
         "repeat_spread": spread,
         "undisturbed": {"passes": 9, "of": 10, "share": 0.9},
         "tpot_error": simulated / measured - 1,
-        "measured": {"tpot_s": measured / 1e3},
-        "simulated": {"tpot_s": simulated / 1e3, "link_busy": 0.8, "compute_busy": 0.5},
+        "measured": {"tpot_s": measured / 1e3, "stall_s": 0.0},
+        "simulated": {"tpot_s": simulated / 1e3, "stall_s": 0.0, "link_busy": 0.8, "compute_busy": 0.5},
     } | other
 
 
@@ -51,7 +51,7 @@ def test_good_cells_pass_every_gate() -> None:
         ([cell("a", 10, 10, load_log_equal=False)], "load_logs"),
         ([cell("a", 10, 10.4), cell("b", 10, 9.6), cell("c", 10, 10)], "median_error"),
         ([cell("a", 10, 10.6), cell("b", 10, 10), cell("c", 10, 10)], "worst_error"),
-        ([cell("a", 10, 10.3), cell("b", 10.5, 10.2)], "order"),
+        ([cell("a", 10, 10.5), cell("b", 10.5, 10.1)], "order"),
         ([cell("a", 10, 10.3), cell("b", 10.5, 10.2)], "choice"),
         ([cell("a", 10, 10, undisturbed={"passes": 6, "of": 10, "share": 0.4})], "quiet"),
     ],
@@ -71,18 +71,26 @@ def test_differences_within_the_spread_are_ties_on_both_sides() -> None:
     assert verdict.kendall_tau_b([10, 10.1, 20], [10.1, 10, 21], [0.02] * 3) == 1
 
 
-def test_a_choice_within_the_spread_costs_nothing() -> None:
-    """The simulator takes b, which is 5 % slower; where repeats differ by 6 % nobody can tell."""
+def test_a_choice_within_the_spread_passes() -> None:
+    """The simulator takes b, which is 5 % slower; where repeats differ by 6 % nobody can tell. The figure stays."""
     cells = [cell("a", 10, 10.2), cell("b", 10.5, 10.1)]
-    assert verdict.judge(cells)["regret"] == pytest.approx(0.05)
-    assert verdict.judge([c | {"repeat_spread": 0.06} for c in cells])["regret"] == 0
+    assert not verdict.judge(cells)["gates"]["choice"]
+    found = verdict.judge([c | {"repeat_spread": 0.06} for c in cells])
+    assert found["regret"] == pytest.approx(0.05) and found["gates"]["choice"]
+
+
+def test_one_policy_proves_nothing_about_order_and_choice() -> None:
+    found = verdict.judge([cell("a", 10, 10)])
+    assert found["gates"]["order"] is None and found["gates"]["choice"] is None
+    assert verdict.locked(found["gates"]) == []
+    assert "tau" not in verdict.table(found | {"cells": [cell("a", 10, 10, repeats=2)]}, ("a",))
 
 
 def test_passes_count_where_nothing_disturbed_them() -> None:
     """Three passes, two repeats: the second was disturbed once, the third always."""
     means, spread = verdict.steady([[10, 20, 90], [30, 22, 80]], [[True, True, False], [False, True, False]])
     assert means == [10, 21, None]
-    assert spread == pytest.approx(22 / 21 - (10 / 10 + 20 / 21) / 2)
+    assert spread == pytest.approx(22 / 21 - 20 / 21)
     measured, simulated = verdict.over_passes({"tpot_s": 1.0}, {"tpot_s": 2.0}, means, [12, 20, 99])
     assert measured == {"tpot_s": 15.5e-9, "tokens_per_s": 1 / 15.5e-9, "tpot_all_s": 1.0}
     assert simulated["tpot_s"] == 16e-9 and simulated["tpot_all_s"] == 2.0

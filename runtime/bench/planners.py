@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sim.spec import SpecError, options
 
-WAIT_S = 150.0  # from the start; what is not compiled by then is decided in plain Python
+WAIT_S = 80.0  # from the start; what is not compiled by then is decided in plain Python
 _CODE = "import sys; from runtime.bench.planners import compile_one; compile_one(sys.argv[1])"
 
 

@@ -68,7 +68,9 @@ def of_cell(document: Record, cell: Record, folder: Path) -> Process:
         )
         pace = cell["link_gb_s"]
         trace = traces.load(folder / Path(cell["trace"]).name)
-        run = options(cell["policy"], **cell["options"]).replace(predictor="router")
+        run = options(cell["policy"], **cell["options"]).replace(extra_slots=cell.get("extra_slots", 0))
+        if run.predictor == "recorded":
+            run = run.replace(predictor="router")
         setting = Setting(trace, paced(profile, pace), trace.model, cell["bits"], cell["slots"], run)
         name = f"{cell['policy']}, {cell['bits']} bits, {cell['slots']} slots" + (f", {pace:g} GB/s" if pace else "")
         process, result = _simulated(setting, f"simulated: {name}", paced(known, pace))

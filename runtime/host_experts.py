@@ -160,7 +160,8 @@ class HostThread:
     def __init__(self, experts: HostCompute) -> None:
         self.experts = experts
         self._jobs: deque[HostJob] = deque()
-        self._thread = ThreadPoolExecutor(1, "host experts")
+        threads = torch.get_num_threads()  # as many as the caller's: with others a product can differ in its last bits
+        self._thread = ThreadPoolExecutor(1, "host experts", torch.set_num_threads, (threads,))
 
     def begin(self, layer: int, experts: Sequence[int], hidden: torch.Tensor, id_rows: list[list[int]]) -> None:
         """Compute these experts for the tokens routed to them; hidden [T, H] (any device), ``id_rows`` [T][K].

@@ -254,8 +254,8 @@ def table(document: dict[str, Any], policies: Sequence[str]) -> str:
         mark = " (worst)" if cell is worst else ""
         lines.append(
             f"| {cell['policy']}{mark} | {cell['link_gb_s'] or 0:g} | {m['tpot_s'] * 1e3:.2f} "
-            f"| {s['tpot_s'] * 1e3:.2f} | {cell['tpot_error']:+.1%} | {cell['repeat_spread']:.1%} | {m['stall_s'] * 1e3:.2f} "
-            f"| {s['stall_s'] * 1e3:.2f} |"
+            f"| {s['tpot_s'] * 1e3:.2f} | {cell['tpot_error']:+.1%} | {cell['repeat_spread']:.1%} "
+            f"| {m['stall_s'] * 1e3:.2f} | {s['stall_s'] * 1e3:.2f} |"
         )
     scope, tau, regret = document["scope"], document["kendall_tau"], document["regret"]
     once = min(c["undisturbed"]["passes"] / c["undisturbed"]["of"] for c in cells)

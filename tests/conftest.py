@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ from sim.machine import HardwareProfile, LinkProfile, Operators
 from sim.spec import options
 from traces import DECODE, PREFILL, ModelSpec, Trace
 from traces.trace import rank
+
+if shutil.which("nvidia-smi") is None:  # Triton asks when it is first imported, whichever test does that
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

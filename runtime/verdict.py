@@ -260,13 +260,14 @@ def table(document: dict[str, Any], policies: Sequence[str]) -> str:
     scope, tau, regret = document["scope"], document["kendall_tau"], document["regret"]
     once = min(c["undisturbed"]["passes"] / c["undisturbed"]["of"] for c in cells)
     share = min(c["undisturbed"]["share"] for c in cells)
-    repeats = sorted({c["repeats"] for c in cells})
+    fewest, most = (pick(c["repeats"] for c in cells) for pick in (min, max))
+    often = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     ordered = "" if tau is None else f"; Kendall tau of the policies' order {tau:.2f}"
     chosen = "" if regret is None else f"; regret of the simulator's choice {regret:.1%} at most"
     lines += [
         "",
         f"Of all {scope['cells']} cells ({scope['policies']} policies and presets, {scope['link_bound']} cells "
-        f"link-bound, {scope['near_balance']} within 2 x of balance), {repeats[0]} to {repeats[-1]} repeats: TPOT "
+        f"link-bound, {scope['near_balance']} within 2 x of balance), {often} repeats: TPOT "
         f"error median {document['median_abs_tpot_error']:.1%}, worst {document['max_abs_tpot_error']:.1%}{ordered}"
         f"{chosen}; load logs equal in {equal_cells(cells)}, {scope['decisions']:,} decisions. TPOT is of undisturbed "
         f"passes alone: {share:.0%} or more of those of a cell, in {once:.0%} or more of its tokens at least one; "

@@ -25,6 +25,7 @@ from runtime.devices import Device, Slots
 from runtime.experts import OffloadedExperts, SlotExperts
 from runtime.host_experts import HostCompute, HostExperts, HostThread, computes_on_host
 from runtime.lookahead import LADDER, Gates, LinearGates, gates_for, merged_guesses
+from runtime.observe import DenseSpan, GatesSpan, HostSpan, Span
 from runtime.plan_runner import PlanRunner
 from runtime.recorder import Recorder
 from runtime.store import HostStore
@@ -200,7 +201,7 @@ class Executor(PlanRunner):
         elapsed = end - self._pass_start
         counts = self.ledger.phases[self._phase]
         if self.spans is not None:
-            self.spans.head.append((self._tokens, end - self._mark))
+            self.spans.head.append(Span(self._tokens, end - self._mark))
         if self.timeline:
             self.timeline.compute("head", self._mark, end)
             self.timeline.end_pass(elapsed)
@@ -302,20 +303,21 @@ class Executor(PlanRunner):
         started = self._mark
         out = self._compute(plan, waiting, hidden, ids, id_rows, planned)
         result = (out * weights.unsqueeze(-1).to(out.dtype)).sum(1).to(hidden.dtype)
-        self._account(plan, started, before_gates, known, planned)
+        self._account(plan, looks, started, before_gates, known, planned)
         if self.recorder:
             self.recorder.visit(ids_here, weights_here, self._logits, scores)
         return result
 
-    def _account(self, plan: Plan, started: int, before_gates: int, known: int, planned: int) -> None:
+    def _account(self, plan: Plan, looks: bool, started: int, before_gates: int, known: int, planned: int) -> None:
         visit = plan.visit
         phase = self.ledger.phases[self._phase]
         phase.compute_ns += known - started
         phase.latency_ns += planned - known
         if self.spans is not None:
-            self.spans.dense.append((visit.layer, visit.tokens, visit.context, before_gates - started))
-            self.spans.gates.append((visit.tokens, known - before_gates))
-            self.spans.host.append((visit.tokens, planned - known))
+            after = 0 if self._sent_ns is None else planned - self._sent_ns
+            self.spans.dense.append(DenseSpan(visit.layer, visit.tokens, visit.context, before_gates - started))
+            self.spans.gates.append(GatesSpan(visit.tokens, looks, known - before_gates))
+            self.spans.host.append(HostSpan(visit.tokens, after, planned - known))
         if self.timeline:
             self.timeline.compute(f"attention {visit.layer}", started, known)
             self.timeline.compute(f"plan {visit.layer}", known, planned)

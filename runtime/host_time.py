@@ -158,8 +158,8 @@ def host_us(policy: str, trace: Trace, slots: int) -> dict[str, Any]:
                     whole.append(time.perf_counter_ns() - start)
             executor.end_pass()
         assert executor.spans is not None
-        plan = np.array([ns for _, ns in executor.spans.host]) / 1e3
-        rest = np.array([ns for _, ns in executor.spans.expert], float).reshape(-1, spec.top_k).sum(1) / 1e3
+        plan = np.array([s.ns for s in executor.spans.host]) / 1e3
+        rest = np.array([s.ns for s in executor.spans.expert], float).reshape(-1, spec.top_k).sum(1) / 1e3
         both, all_of_it = plan + rest, np.array(whole) / 1e3
     return {
         "policy": policy,

@@ -4,26 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, NamedTuple
 
 from sim.planner import PREFETCH, Load, Plan
 from sim.timeline import COMPUTE, D2H, HOST, Residents, Timeline
 
 
+class DenseSpan(NamedTuple):
+    """From the end of the last expert of the visit before, whose weighted sum it holds, to the routing."""
+
+    layer: int
+    tokens: int
+    context: int
+    ns: int
+
+
+class GatesSpan(NamedTuple):
+    """The routing, and guesses if the planner ``looks`` at them, brought to the host."""
+
+    tokens: int
+    looks: bool
+    ns: int
+
+
+class HostSpan(NamedTuple):
+    """Planning and bookkeeping; ``after_ns`` of it after the copier was given demand loads (0: there were none)."""
+
+    tokens: int
+    after_ns: int
+    ns: int
+
+
+class ExpertSpan(NamedTuple):
+    """From the end of the expert (or plan, or wait) before, so that no time is left out; ``wait_ns`` just before it."""
+
+    tokens: int
+    wait_ns: int
+    ns: int
+
+
+class Span(NamedTuple):
+    """A duration that depends on the number of tokens alone."""
+
+    tokens: int
+    ns: int
+
+
 @dataclass
 class Spans:
-    """Measured durations in nanoseconds, one entry per occurrence; what the columns are stands beside each list.
+    """Measured durations in nanoseconds, one entry per occurrence.
 
-    ``dense`` runs from the end of the last expert of the visit before; it holds that visit's weighted sum too.
-    ``expert`` runs from the end of the expert (or plan, or wait) before, so that no time is left out.
+    ``host_expert`` is of the host's own thread; ``notice_ns`` runs from the end of a load that is waited for until the
+    engine goes on.
     """
 
-    dense: list[tuple[int, int, int, int]] = field(default_factory=list)  # layer, tokens, context, ns
-    gates: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    host: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    expert: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    head: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns
-    host_expert: list[tuple[int, int]] = field(default_factory=list)  # tokens, ns; in the host's own thread
+    dense: list[DenseSpan] = field(default_factory=list)
+    gates: list[GatesSpan] = field(default_factory=list)
+    host: list[HostSpan] = field(default_factory=list)
+    expert: list[ExpertSpan] = field(default_factory=list)
+    head: list[Span] = field(default_factory=list)
+    host_expert: list[Span] = field(default_factory=list)
+    notice_ns: list[int] = field(default_factory=list)
 
 
 class EngineTimeline:

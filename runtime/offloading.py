@@ -20,12 +20,12 @@ import torch
 
 from runtime import models
 from runtime.budget import Budget, budget, without_experts
+from runtime.calibration.host import host_figures
 from runtime.copier import CopierError
 from runtime.devices import open_device
 from runtime.engine import paced
 from runtime.executor import Executor, check_options, gates_of
 from runtime.graphs import CudaGraphs, Graphs
-from runtime.host_calibration import host_figures
 from runtime.host_experts import computes_on_host
 from runtime.lookahead import GATES_FILE
 from runtime.store import HostStore, layouts_of, widths_of

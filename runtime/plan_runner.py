@@ -16,7 +16,7 @@ from runtime.copier import Arrival, BaseCopier, CopierError, Request
 from runtime.devices import Device, Slots
 from runtime.experts import SlotExperts
 from runtime.host_experts import HostThread
-from runtime.observe import EngineTimeline, Spans
+from runtime.observe import EngineTimeline, ExpertSpan, Span, Spans
 from sim.ledger import Ledger
 from sim.planner import PREFETCH, STREAM, Load, Plan
 from sim.spec import Options
@@ -56,6 +56,8 @@ class PlanRunner:
         self._there: dict[int, int] = {}
         self._phase = PREFILL
         self._mark = 0
+        self._sent_ns: int | None = None
+        self._waited_ns = 0
 
     def _request(self, load: Load, after: object = None) -> Request:
         """``after``: what must be done on the device before the slot may be written."""
@@ -65,6 +67,7 @@ class PlanRunner:
     def _issue(self, plan: Plan, known: int) -> dict[int, int]:
         """Send the plan's effects to the copier; returns what must be waited for: expert -> load number."""
         phase = self.ledger.phases[self._phase]
+        self._sent_ns = None
         if not self.options.copy_stream:
             phase.hits += len(plan.claimed)
             return {}
@@ -80,6 +83,8 @@ class PlanRunner:
         for load in plan.retract:
             self._there.pop(load.number, None)
         at_once = plan.demand + plan.stream[: self.options.stream_slots]
+        if self.spans is not None and at_once:
+            self._sent_ns = time.monotonic_ns()
         self.copier.apply(
             [load.number for load in plan.retract],
             list(waiting.values()),
@@ -112,6 +117,7 @@ class PlanRunner:
                 if self.timeline:
                     self.timeline.arrived(arrival.load, arrival.end_ns)
         end = time.monotonic_ns()
+        self._waited_ns += end - start
         self.ledger.phases[self._phase].stall_miss_ns += end - start
         if self.timeline and end > start:
             self.timeline.compute(f"stall {loads[0].layer}" if loads else "stall", start, end)
@@ -150,7 +156,8 @@ class PlanRunner:
             end = time.monotonic_ns()
             phase.compute_ns += end - start
             if self.spans is not None:
-                self.spans.expert.append((tokens, end - start))
+                self.spans.expert.append(ExpertSpan(tokens, self._waited_ns, end - start))
+            self._waited_ns = 0
             if self.timeline:
                 self.timeline.expert(visit.layer, expert, start, end)
             return end
@@ -174,9 +181,13 @@ class PlanRunner:
             if expert is None:
                 at = start = self._computed(visit, at)
                 while expert is None:
-                    self._arrived(self._wait(visit, waiting, queued))
+                    arrival = self._wait(visit, waiting, queued)
+                    self._arrived(arrival)
                     expert = self._next_arrived(waiting)
                 at = time.monotonic_ns()
+                if self.spans is not None:
+                    self.spans.notice_ns.append(at - arrival.end_ns)
+                self._waited_ns += at - start
                 if loads[expert].kind == PREFETCH:
                     phase.stall_late_ns += at - start
                 else:
@@ -227,7 +238,7 @@ class PlanRunner:
         for job, computed in taken:
             phase.host_busy_ns += computed.end_ns - computed.begin_ns
             if self.spans is not None:
-                self.spans.host_expert.append((len(job.rows), computed.end_ns - computed.begin_ns))
+                self.spans.host_expert.append(Span(len(job.rows), computed.end_ns - computed.begin_ns))
             if self.timeline:
                 self.timeline.hosted(visit.layer, job.expert, computed.begin_ns, computed.end_ns)
         rows = torch.cat([job.rows for job, _ in taken]).to(out.device)

@@ -10,275 +10,33 @@ must be equal line by line. Exit code 1 when a gate fails (load logs, TPOT error
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import sys
-import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from statistics import median_low
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import traces
 from runtime import calibrate, models, prompts, provenance
+from runtime.calibration.idle import OtherWork, check_idle
+from runtime.calibration.runs import DEFAULT_LINK_GB_S, TOKENS, Runs
+from runtime.calibration.steadiness import Control
+from runtime.cells import Cell, Validation, save_traces
 from runtime.copier import CopierError
-from runtime.devices import names, open_device
-from runtime.engine import Engine, paced
+from runtime.devices import names
 from runtime.executor import check_options
-from runtime.lookahead import rung_of
-from runtime.observe import EngineTimeline
-from runtime.steadiness import Control, uncollected, undisturbed, usual
-from runtime.store import HostStore
-from runtime.verdict import (
-    average,
-    first_divergence,
-    judge,
-    locked,
-    over_passes,
-    recheck,
-    replayed,
-    steady,
-)
-from sim.experiment import Setting, summary
-from sim.ledger import LoadLog
+from runtime.verdict import judge, locked, recheck
 from sim.machine import HardwareProfile, load_machine
 from sim.planner import check_slots
 from sim.run import read_choice, written
-from sim.spec import Options, SpecError, comparable
-from sim.timeline import Timeline, merge
-from traces import Trace
+from sim.spec import SpecError, comparable
+from sim.timeline import merge
 from traces.cli import Parser
 
-ENOUGH, MORE_REPEATS = 0.5, 2  # least share of undisturbed passes; how often a cell is repeated until it has them
-BETWEEN = 10  # engine runs after which the machine is measured again: its speed drifts by some per cent in minutes
 DEFAULT_POLICIES = ("on_demand", "speculative")
-
-
-@dataclass
-class Cell:
-    """One setting, what the engine measured with it, and what the simulator says.
-
-    Attributes:
-        options, slots, bits, gb_s: the setting.
-        runs: the engine's figures, one per repeat, keys of a ``sim.run`` line.
-        trace: routing and guesses of the first repeat.
-        logs: the load log of every repeat.
-        pass_ns: durations of the decode passes of every repeat.
-        looks: of the same passes, the number of the look at the control before each.
-        timeline: of the first repeat, where one is wanted.
-    """
-
-    options: Options
-    slots: int
-    bits: int
-    gb_s: float | None
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    trace: Trace | None = None
-    logs: list[str] = field(default_factory=list)
-    pass_ns: list[list[int]] = field(default_factory=list)
-    looks: list[list[int]] = field(default_factory=list)
-    timeline: Timeline | None = None
-
-    @property
-    def name(self) -> str:
-        pace = "" if self.gb_s is None else f", {self.gb_s:g} GB/s"
-        return f"{self.options.text}, {self.bits} bits, {self.slots} slots{pace}"
-
-
-class Validation:
-    """All cells of one call.
-
-    Args:
-        model_dir, asked, tokens, seed: what is generated.
-        clock: what the planner of the engine takes for this machine, measured for this model; sets ``profile`` too.
-        device, control, stores: where; looked at before and after every pass; expert stores by bits to be shared.
-        timelines: keep a timeline of every cell's first repeat, and of its simulation.
-
-    Attributes:
-        profile: this machine as it was meanwhile; what the simulator's times come from.
-    """
-
-    def __init__(
-        self,
-        model_dir: Path,
-        clock: HardwareProfile,
-        asked: Sequence[prompts.Prompt],
-        tokens: int,
-        seed: int,
-        timelines: bool = False,
-        device: str = "cpu",
-        control: Control | None = None,
-        stores: dict[int, HostStore] | None = None,
-    ) -> None:
-        self.model_dir = model_dir
-        self.device = device
-        self.clock = self.profile = clock
-        self.asked = asked
-        self.tokens = tokens
-        self.seed = seed
-        self.timelines: list[IO[str]] | None = [] if timelines else None
-        self.control = control or Control()
-        self._shared = stores or {}
-        self._stores: dict[int, HostStore] = {}
-
-    def measure(self, cell: Cell) -> None:
-        """One engine run; the first of a cell keeps its trace and timeline."""
-        store = self._shared.get(cell.bits) or self._stores.get(cell.bits)
-        if store is None:
-            order = open_device(self.device).order
-            store = HostStore.build(self.model_dir, models.spec_of(self.model_dir), cell.bits, order=order)
-            self._stores[cell.bits] = store
-        log = io.StringIO()
-        looks: list[int] = []
-        machine = paced(self.clock, cell.gb_s)
-        with (
-            Engine(
-                self.model_dir,
-                bits=cell.bits,
-                slots=cell.slots,
-                options=cell.options,
-                machine=machine,
-                store=store,
-                record=cell.options.lookahead,
-                record_all=False,
-                compiled=True,
-                device=self.device,
-                paced=cell.gb_s is not None,
-            ) as engine,
-            uncollected(),
-        ):
-            engine.ledger.log = LoadLog(log)
-            if self.timelines is not None and not cell.runs:
-                engine.timeline = EngineTimeline(scratch(), f"measured: {cell.name}")
-                cell.timeline = engine.timeline.timeline
-            for number, prompt in enumerate(self.asked):
-                ids = engine.tokenizer.encode(prompt.text)
-                self.control.begin()
-                before = len(self.control.looks)
-                for _ in engine.generate(
-                    ids, self.tokens, temperature=calibrate.TEMPERATURE, seed=self.seed + number, domain=prompt.domain
-                ):
-                    self.control.look()
-                looks += range(before, len(self.control.looks) - 1)  # the first pass is prefill
-            ledger = engine.finish()
-            assert engine.recorder is not None
-            trace = engine.recorder.trace({"model": self.model_dir.name}, rung_of(cell.options.predictor))
-        setting = Setting(trace, machine, trace.model, cell.bits, cell.slots, cell.options)
-        measured = summary(setting, ledger) | {"evidence": "MEASURED", "driver": "engine", "machine": self.profile.name}
-        cell.runs.append(measured)
-        cell.logs.append(log.getvalue())
-        cell.pass_ns.append(ledger.decode_ns)
-        cell.looks.append(looks)
-        if cell.trace is None:
-            cell.trace = trace
-
-    def measure_all(
-        self, cells: Sequence[Cell], repeats: int, calibration: calibrate.Calibration | None = None
-    ) -> None:
-        """Every cell once, then every cell again, ...; the machine in between, if it is calibrated. Cells that had too
-        few undisturbed passes are measured again in the end.
-        """
-        self.measure(replace(cells[0], runs=[], logs=[], pass_ns=[], looks=[]))  # a warm-up that nobody keeps
-        for number, cell in enumerate(
-            tqdm([*cells] * repeats, "engine runs", file=sys.stderr, unit="run", mininterval=5)
-        ):
-            if calibration and number and number % BETWEEN == 0:
-                calibration.round(policies=number % (4 * BETWEEN) == 0)
-            self.measure(cell)
-        for _ in range(MORE_REPEATS):
-            for cell in cells:
-                if self.share(cell) < ENOUGH * repeats:
-                    if calibration:
-                        calibration.round(policies=False)
-                    self.measure(cell)
-        if calibration:
-            calibration.round()
-
-    def good(self, cell: Cell) -> list[list[bool]]:
-        """Of every repeat, which decode passes nothing outside disturbed."""
-        kept = undisturbed(self.control.looks, usual(self.control.looks))
-        return [[kept[look] for look in looks] for looks in cell.looks]
-
-    def share(self, cell: Cell) -> float:
-        """Undisturbed passes in units of one whole repeat."""
-        good = self.good(cell)
-        return sum(map(sum, good)) / max(1, len(good[0]))
-
-    def compare(self, cell: Cell) -> dict[str, Any]:
-        """The cell's JSON object: measured (mean over repeats), simulated, errors, load logs."""
-        assert cell.trace is not None
-        log = io.StringIO()
-        timeline = Timeline(scratch(), f"simulated: {cell.name}") if self.timelines is not None else None
-        machine, clock = (paced(one, cell.gb_s) for one in (self.profile, self.clock))
-        simulated, simulated_ns = replayed(
-            cell.trace, machine, cell.bits, cell.slots, cell.options, log, timeline, clock
-        )
-        if self.timelines is not None:
-            for drawn in (cell.timeline, timeline):
-                if drawn is not None:
-                    drawn.close()
-                    self.timelines.append(drawn.stream)
-        measured = average(cell.runs) | {"bounds": simulated["bounds"]}
-        good = self.good(cell)
-        pass_ns, spread = steady(cell.pass_ns, good)
-        measured, simulated = over_passes(measured, simulated, pass_ns, simulated_ns)
-        found = (first_divergence(ours, log.getvalue()) for ours in cell.logs)
-        divergence = next((d for d in found if d is not None), None)
-        return {
-            "policy": cell.options.text,
-            "bits": cell.bits,
-            "slots": cell.slots,
-            "link_gb_s": cell.gb_s,
-            "options": {"landing_slots": cell.options.landing_slots, "chunk_bytes": cell.options.chunk_bytes},
-            "extra_slots": cell.options.extra_slots,
-            "prompts": len(self.asked),
-            "regime": simulated["regime"],
-            "measured": measured,
-            "simulated": simulated,
-            "undisturbed": {
-                "passes": len(pass_ns) - pass_ns.count(None),
-                "of": len(pass_ns),
-                "share": sum(map(sum, good)) / max(1, sum(map(len, good))),
-            },
-            "pass_ns": pass_ns,
-            "tpot_error": simulated["tpot_s"] / measured["tpot_s"] - 1,
-            "repeat_spread": spread,
-            "repeats": len(cell.runs),
-            "decisions": sum(ours.count("\n") for ours in cell.logs),
-            "load_log_equal": divergence is None,
-            "first_divergence": divergence,
-        }
-
-    def close(self) -> None:
-        for store in self._stores.values():
-            store.close()
-
-
-def save_traces(kept: Sequence[Trace | None], out: Path) -> list[str]:
-    """Write traces beside ``out``, equal ones once; returns the file name of each."""
-    made = {"command": provenance.command(), "commit": provenance.commit()}
-    names: list[str] = []
-    seen: dict[str, str] = {}
-    for number, trace in enumerate(kept):
-        assert trace is not None
-        beside = out.with_name(f"{out.stem}.cell{number}.safetensors")
-        traces.save(replace(trace, provenance=trace.provenance | made), beside)
-        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
-        if digest in seen:
-            beside.unlink()
-        names.append(seen.setdefault(digest, beside.name))
-    return names
-
-
-def scratch() -> IO[str]:
-    """A nameless text file that is gone when nobody holds it."""
-    return tempfile.TemporaryFile("w+", encoding="utf-8")
 
 
 def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile, repeats: int) -> None:
@@ -394,9 +152,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     for gb_s in args.link_gb_s or []:
         if not 1e-4 <= gb_s <= 100:
             raise SpecError(f"--link-gb-s is {gb_s}; it must be 0.0001 to 100")
-    paces: list[float | None] = [
-        *(args.link_gb_s or ([calibrate.DEFAULT_LINK_GB_S] if args.device == "cpu" else [None]))
-    ]
+    paces: list[float | None] = [*(args.link_gb_s or ([DEFAULT_LINK_GB_S] if args.device == "cpu" else [None]))]
     return [
         Cell(run, slots, bits, gb_s)
         for bits in args.bits or [4]
@@ -431,25 +187,26 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         if value < least:
             raise SpecError(f"--{name} is {value}; it must be at least {least}")
     with ExitStack() as ends:
-        control, others = Control(), calibrate.OtherWork()
-        calibration: calibrate.Calibration | None = None
+        control, others = Control(), OtherWork()
+        runs: Runs | None = None
         if args.profile:
             clock = profile_for(args.profile, args.model)
         else:
             print("calibrating, before and between the runs (--profile names a profile instead) ...", file=sys.stderr)
-            calibrate.check_idle(args.allow_busy)
-            calibration = ends.enter_context(
-                calibrate.Calibration(
+            check_idle(args.allow_busy)
+            runs = ends.enter_context(
+                Runs(
                     args.model,
                     sorted({cell.bits for cell in cells}),
-                    calibrate.TOKENS,
+                    TOKENS,
                     policies=[cell.options.text for cell in cells],
+                    gb_s=median_low(cell.gb_s or DEFAULT_LINK_GB_S for cell in cells),
                     device=args.device,
                     control=control,
                 )
             )
-            calibration.round()
-            clock = calibrate.profile_of(calibration, others, args.device).profile
+            runs.round()
+            clock = calibrate.profile_of(runs, others, args.device).profile
         work = Validation(
             args.model,
             clock,
@@ -459,12 +216,12 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
             bool(args.timeline),
             args.device,
             control,
-            calibration.stores if calibration else None,
+            runs.stores if runs else None,
         )
         ends.callback(work.close)
-        work.measure_all(cells, args.repeats, calibration)
-        if calibration:
-            work.profile = calibrate.profile_of(calibration, others, args.device).profile
+        work.measure_all(cells, args.repeats, runs)
+        if runs:
+            work.profile = calibrate.profile_of(runs, others, args.device).profile
         compared = [work.compare(cell) for cell in cells]
     if work.timelines is not None:
         with written(args.timeline) as file:

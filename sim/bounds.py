@@ -29,7 +29,7 @@ def all_resident_ns(trace: Trace, timing: Timing) -> int:
             visit = next(visits)
             if counts:
                 total += counts * (timing.dense_ns(visit.tokens, visit.context) + timing.shared_ns)
-                total += counts * sum(timing.expert_ns(n) for n in visit.counts)
+                total += counts * sum(timing.undisturbed_expert_ns(n) for n in visit.counts)
         if counts:
             total += counts * timing.head_ns(forward.tokens)
     return total
@@ -105,7 +105,7 @@ def with_host_ns(trace: Trace, timing: Timing, resident_ns: int, link_ns: int, l
     The host takes the work that is cheapest for it compared with the device, or with the link, at that rate throughout.
     """
     most = max((forward.tokens for forward in trace.passes() if forward.following), default=1)
-    rates = [timing.expert_ns(n) / max(1, timing.host_expert_ns(n)) for n in range(1, most + 1)]
+    rates = [timing.undisturbed_expert_ns(n) / max(1, timing.host_expert_ns(n)) for n in range(1, most + 1)]
     quickest_ns = min(timing.host_expert_ns(n) for n in range(1, most + 1))
     compute_ns = int(resident_ns / (1 + max(rates)))
     if not loads or not quickest_ns:

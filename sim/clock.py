@@ -312,7 +312,7 @@ def compute(s: State, w: Wire, c: Config, t: Times, layer: int, index: int, rout
 
 def cooled_ns(t: Times, wait_ns: int) -> int:
     """How much longer computing takes right after a wait."""
-    return min(t.cooling_max_ns, min(t.cooling_ns, wait_ns) + wait_ns * t.cooling_ppm // 1_000_000)
+    return min(t.cooling_max_ns, wait_ns * t.cooling_ppm // 1_000_000)
 
 
 def first_done(s: State, w: Wire, waiting: int) -> int:

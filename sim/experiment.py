@@ -349,7 +349,8 @@ def _key(setting: Setting) -> tuple[Any, ...]:
 def without_overhead(machine: HardwareProfile) -> HardwareProfile:
     """The machine with a host that plans, wakes and synchronises in no time, and lookahead gates that cost nothing."""
     laws = {
-        model: replace(law, gates=(), host_s=dict.fromkeys(law.host_s, 0.0)) for model, law in machine.operators.items()
+        model: replace(law, gates=(), host_s=dict.fromkeys(law.host_s, 0.0), displaced={})
+        for model, law in machine.operators.items()
     }
     return replace(machine, host_s=0.0, sync_s=0.0, wake_s=0.0, serial_s=0.0, operators=laws)
 

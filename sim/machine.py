@@ -44,12 +44,15 @@ class Operators:
         expert: by bits: fixed, per token, for one expert.
         head: fixed, per token: after the last layer until the next token is chosen and embedded.
         gates: by lookahead distance (1, 2, ...): all guesses up to that distance, added to ``dense``.
-        host_s: planning and bookkeeping of one visit by policy name; ``default`` for the others.
+        host_s: planning and bookkeeping of one visit by policy or SPEC; ``prefetching`` for others that look ahead,
+            ``default`` for the rest.
+        displaced: by the same names: a visit's dense part takes so much longer, and every expert, than with nothing to
+            plan, load or guess: that has displaced their data and code from the processor's caches.
         host_expert: like ``expert``, computed on the host.
-        cooling: computing after a wait takes longer: by so many seconds (not more than the wait), by this share of the
-            wait, and at most by so many seconds in all: caches hold less of the model and the program then.
+        cooling: by the same names: computing after a wait takes longer by this share of the wait, and at most by so
+            many seconds: caches hold less of the model and the program then.
         reach: most ``tokens`` in a pass and most ``context`` that were measured; absent: not known.
-        control_s: a fixed piece of work (`runtime.steadiness`) took so long meanwhile; 0: not known.
+        control_s: a fixed piece of work (`runtime.calibration.steadiness`) took so long meanwhile; 0: not known.
         residuals: by operator (``dense``, ``expert``, ``host``, ``link``): quantiles of measured / predicted time,
             evenly spaced from the smallest to the largest; what `sim.noise` jitters timings by. Absent: a stated width.
     """
@@ -59,8 +62,9 @@ class Operators:
     head: tuple[float, float]
     gates: tuple[float, ...] = ()
     host_s: dict[str, float] = field(default_factory=dict)
+    displaced: dict[str, tuple[float, float]] = field(default_factory=dict)
     host_expert: dict[str, tuple[float, float]] = field(default_factory=dict)
-    cooling: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    cooling: dict[str, tuple[float, float]] = field(default_factory=dict)
     reach: dict[str, float] = field(default_factory=dict)
     control_s: float = 0.0
     residuals: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -202,20 +206,20 @@ def _operators(where: str, law: dict[str, Any]) -> Operators:
 
     fixed, token, context = seconds("dense", law["dense"], 3)
 
-    def by_bits(key: str) -> dict[str, tuple[float, float]]:
-        laws = {bits: seconds(f"{key}.{bits}", numbers, 2) for bits, numbers in law.get(key, {}).items()}
-        return {bits: (first, second) for bits, (first, second) in laws.items()}
+    def pairs(key: str) -> dict[str, tuple[float, float]]:
+        found = {name: seconds(f"{key}.{name}", numbers, 2) for name, numbers in law.get(key, {}).items()}
+        return {name: (first, second) for name, (first, second) in found.items()}
 
     head = seconds("head", law["head"], 2)
-    once, share, most = seconds("cooling", law.get("cooling", (0.0, 0.0, 0.0)), 3)
     return Operators(
         dense=(fixed, token, context),
-        expert=by_bits("expert") if law["expert"] else {},
+        expert=pairs("expert") if law["expert"] else {},
         head=(head[0], head[1]),
         gates=seconds("gates", law.get("gates", ())),
         host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
-        host_expert=by_bits("host_expert"),
-        cooling=(once, share, most),
+        displaced=pairs("displaced"),
+        host_expert=pairs("host_expert"),
+        cooling=pairs("cooling"),
         control_s=_positive(f"{where}.control_s", law.get("control_s", 0.0)),
         reach=_reach(f"{where}.reach", law.get("reach", {})),
         residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},

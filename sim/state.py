@@ -345,8 +345,7 @@ class Times(NamedTuple):
         host_ns: planning one visit.
         wake_ns: until a plan reaches the link.
         serial_ns: until the end of serial copies in one direction is known.
-        cooling_ns, cooling_ppm, cooling_max_ns: computing after a wait takes longer: by a fixed time, by this share of
-            the wait, at most by so much.
+        cooling_ppm, cooling_max_ns: computing after a wait takes longer: by this share of it, at most by so much.
         sync_ns, gates_ns: bringing the routing to the host; the lookahead gates.
         plain_ns: a decode visit without any stall, the unit in which the planner looks ahead.
         chunks, full_ns, last_ns: of one load: how many chunks, a full one's time, the last one's.
@@ -365,7 +364,6 @@ class Times(NamedTuple):
     host_ns: int
     wake_ns: int
     serial_ns: int
-    cooling_ns: int
     cooling_ppm: int
     cooling_max_ns: int
     sync_ns: int

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from sim.link import ChunkTimes
-from sim.machine import HardwareProfile, LinkProfile, Operators
+from sim.machine import HardwareProfile, LinkProfile
 from sim.spec import Options, SpecError
 from sim.state import Times
 from traces import ModelSpec, Trace
+
+T = TypeVar("T")
 
 FARTHEST = 1.5  # times what a profile was measured at, up to which its laws are believed
 HOST_PEAK = 0.85  # share of its memory's bandwidth a host reaches with link and processor together (estimated)
@@ -53,7 +55,7 @@ class Timing:
         self.write_back_ns = copy_ns(self.expert_bytes, link.d2h_gb_s, link.d2h_fixed_s)
         self.wake_ns = ns(machine.wake_s)
         self.serial_ns = ns(machine.serial_s)
-        self._cooling_ns = self._cooling_ppm = self._cooling_max_ns = 0
+        self._cooling_ppm = self._cooling_max_ns = self._expert_longer_ns = 0
         self.measured = model.name in machine.operators
         self._expert: dict[int, int] = {}
         self._dense_of, self._dense_ns = (-1, -1), 0
@@ -108,13 +110,16 @@ class Timing:
                 f"not at {bits}; calibrate that width or name one of these"
             )
         fixed, per_token, per_context = laws.dense
+        dense_longer_s, expert_longer_s = of_policy(laws.displaced, options) or (0.0, 0.0)
         gates_s = laws.gates[min(options.lookahead, len(laws.gates)) - 1] if options.lookahead and laws.gates else 0.0
         self.gates_ns = ns(gates_s)
-        self.sync_ns = 0
-        self.host_ns = ns(host_seconds(laws, options, self.machine.host_s))
+        self.sync_ns = ns(dense_longer_s)
+        self._expert_longer_ns = ns(expert_longer_s)
+        host_s = of_policy(laws.host_s, options)
+        self.host_ns = ns(self.machine.host_s if host_s is None else host_s)
         self.shared_ns = 0
-        once, share, most = laws.cooling
-        self._cooling_ns, self._cooling_ppm, self._cooling_max_ns = ns(once), round(share * 1e6), ns(most)
+        cooling_share, cooling_most_s = of_policy(laws.cooling, options) or (0.0, 0.0)
+        self._cooling_ppm, self._cooling_max_ns = round(cooling_share * 1e6), ns(cooling_most_s)
         expert_fixed, expert_token = laws.expert[str(bits)]
         self._dense_s: Callable[[int, int], float] = lambda n, context: (
             fixed + per_token * n + per_context * (context + n)
@@ -161,10 +166,14 @@ class Timing:
         return self.dense_ns(n, context) + (self.gates_ns if looks else 0) + self.sync_ns
 
     def expert_ns(self, n: int) -> int:
-        """One resident expert for ``n`` tokens."""
+        """One expert on the device for ``n`` tokens, beside this policy's planning and loads."""
         if n not in self._expert:
-            self._expert[n] = ns(self._expert_s(n))
+            self._expert[n] = self.undisturbed_expert_ns(n) + self._expert_longer_ns
         return self._expert[n]
+
+    def undisturbed_expert_ns(self, n: int) -> int:
+        """The same with nothing to plan and load: what floors count."""
+        return ns(self._expert_s(n))
 
     def host_expert_ns(self, n: int, shared: bool = False) -> int:
         """One expert for ``n`` tokens on the host; ``shared``: while the link reads the same memory."""
@@ -176,7 +185,7 @@ class Timing:
 
     def cooled_ns(self, wait_ns: int) -> int:
         """How much longer computing takes right after a wait."""
-        return min(self._cooling_max_ns, min(self._cooling_ns, wait_ns) + wait_ns * self._cooling_ppm // 1_000_000)
+        return min(self._cooling_max_ns, wait_ns * self._cooling_ppm // 1_000_000)
 
     def plain_visit_ns(self) -> int:
         """A decode visit at context 0 without any stall: the unit in which the planner looks ahead."""
@@ -194,7 +203,6 @@ class Timing:
             host_ns=self.host_ns,
             wake_ns=self.wake_ns,
             serial_ns=self.serial_ns,
-            cooling_ns=self._cooling_ns,
             cooling_ppm=self._cooling_ppm,
             cooling_max_ns=self._cooling_max_ns,
             sync_ns=self.sync_ns,
@@ -240,10 +248,10 @@ def check_reach(machine: HardwareProfile, model: ModelSpec, trace: Trace) -> Non
             )
 
 
-def host_seconds(laws: Operators, options: Options, otherwise: float) -> float:
-    """Measured host time of a visit: of the very SPEC, else of its policy, else of any."""
-    known = laws.host_s
-    return known.get(options.text, known.get(options.policy.name, known.get("default", otherwise)))
+def of_policy(known: dict[str, T], options: Options) -> T | None:
+    """What was measured of the very SPEC, else of its policy, else of any that prefetches as it does, else of any."""
+    kind = ("prefetching",) if options.prefetches else ()
+    return next((known[name] for name in (options.text, options.policy.name, *kind, "default") if name in known), None)
 
 
 class TimeTables:

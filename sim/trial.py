@@ -163,7 +163,7 @@ def floors(case: Case, setting: Setting, timing: Timing, laws: Laws, learned: Fi
     landing = run.landing_slots if run.prefetches else 0
     loads = _fewest_loads(trace, tuple(group_sizes(setting.model, run, setting.slots, learned.sizes)), landing)
     resident_ns = laws.total_ns + setting.model.num_layers * tokens * timing.shared_ns
-    resident_ns += sum(times * timing.expert_ns(n) for n, times in of.counted.items())
+    resident_ns += sum(times * timing.undisturbed_expert_ns(n) for n, times in of.counted.items())
     link_ns = bounds.link_floor_ns(loads, setting.machine, timing.expert_bytes)
     compute_ns = resident_ns
     if hasattr(run.miss_rule.module, "loads"):

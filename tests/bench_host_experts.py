@@ -18,7 +18,7 @@ from itertools import cycle
 import numpy as np
 import torch
 
-from runtime.host_calibration import silu_product
+from runtime.calibration.host import silu_product
 from runtime.host_experts import HostExperts
 from runtime.quantize import ExpertLayout, ExpertViews, dequantize, views
 from runtime.rows import ExpertRows

@@ -22,11 +22,11 @@ from tiny import tiny_mixtral  # noqa: E402
 
 from runtime import executor as executing  # noqa: E402 (after the check above)
 from runtime import models, offload  # noqa: E402
+from runtime.calibration.host import HostFigures, host_figures, silu_product  # noqa: E402
 from runtime.copier import CopierError  # noqa: E402
 from runtime.devices import open_device  # noqa: E402
 from runtime.engine import Engine  # noqa: E402
 from runtime.generate import main  # noqa: E402
-from runtime.host_calibration import HostFigures, host_figures, silu_product  # noqa: E402
 from runtime.host_experts import HostExperts, HostThread  # noqa: E402
 from runtime.quantize import ExpertLayout, forward, pack, views  # noqa: E402
 from runtime.repack import ORDERS, Order  # noqa: E402

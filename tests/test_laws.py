@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("torch", reason="needs the runtime extra")
 
-from runtime import steadiness
-from runtime.laws import error, fitted, law, predicted, residuals, trimmed_mean
+from runtime.calibration import steadiness
+from runtime.calibration.laws import error, fitted, law, predicted, residuals, trimmed_mean
 
 SAMPLES = [((n, c), 1000 + 20 * n + 3 * c) for n in (1, 8, 64) for c in (0, 100, 500) for _ in range(3)]
 

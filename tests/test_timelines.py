@@ -102,24 +102,24 @@ def test_speculative_with_a_late_prefetch_and_one_retracted_on_the_wire() -> Non
 
 
 def test_computing_after_a_wait_takes_longer_by_a_share_of_it_up_to_a_limit() -> None:
-    """100 and a tenth of a wait, at most 1200. One layer, one slot, tokens routed 0, 1.
+    """A tenth of a wait, at most 1200. One layer, one slot, tokens routed 0, 1.
 
-    Token 0: planned 3000, 0.0 there at 13500, stall 10500: 1150 more, expert until 17650, head until 22650. Token 1 the
+    Token 0: planned 3000, 0.0 there at 13500, stall 10500: 1050 more, expert until 17550, head until 22550. Token 1 the
     same. With chunks twice as long, 0.0 is there at 23500, stall 20500: only 1200 more.
-    Without a copy stream: copy 3000-13000, 1100 more, expert until 17100, head until 22100.
+    Without a copy stream: copy 3000-13000, 1000 more, expert until 17000, head until 22000.
     """
-    machine = hand_machine(cooling=(1e-7, 0.1, 1.2e-6))
+    machine = hand_machine(cooling={"default": (0.1, 1.2e-6)})
     trace = trace_of([[[0]], [[1]]])
     ledger, timeline, _ = by_hand(trace, "on_demand", 1, machine)
-    assert ("compute", "expert 0.0", 13500, 17650) in timeline
-    assert ledger.decode_ns == [22650, 22650]
-    assert ledger.phases[DECODE].compute_ns == 2 * (2000 + 3000 + 1150 + 5000)
+    assert ("compute", "expert 0.0", 13500, 17550) in timeline
+    assert ledger.decode_ns == [22550, 22550]
+    assert ledger.phases[DECODE].compute_ns == 2 * (2000 + 3000 + 1050 + 5000)
     slow = replace(machine, link=replace(machine.link, h2d_gb_s=0.768))
     ledger, timeline, _ = by_hand(trace, "on_demand", 1, slow)
     assert ("compute", "expert 0.0", 23500, 27700) in timeline
     ledger, timeline, _ = by_hand(trace, "on_demand:copy_stream=0,chunk_bytes=3456", 1, machine)
-    assert ledger.decode_ns == [22100, 22100]
-    assert ("compute", "expert 0.0", 13000, 17100) in timeline
+    assert ledger.decode_ns == [22000, 22000]
+    assert ("compute", "expert 0.0", 13000, 17000) in timeline
 
 
 def test_a_late_prefetch_is_computed_before_the_effects_of_its_own_plan() -> None:

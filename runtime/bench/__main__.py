@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import models, provenance
 from runtime.bench import tables
-from runtime.calibrate import OtherWork
+from runtime.calibration.idle import OtherWork
 from runtime.copier import CopierError
 from runtime.host_time import POLICIES
 from runtime.quality import WIDTHS, quality

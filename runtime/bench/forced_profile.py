@@ -6,8 +6,6 @@ the slots, the link from bursts of the engine's own copier: no time of a cell th
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import time
 from dataclasses import replace
@@ -16,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from runtime.bench.link import copier_rate
-from runtime.calibrate import trimmed_mean
+from runtime.calibration.host import host_figures
+from runtime.calibration.laws import trimmed_mean
 from runtime.devices import Device
 from runtime.experts import Waited
 from runtime.forced import ForcedEngine, Held, with_sweep
@@ -112,11 +111,12 @@ def measure(
     )
     assert resident.spans and waited.spans and demand.spans and looking.spans
     tpot_s = float(np.median(resident.ledger.decode_ns[first:])) / 1e9
-    expert_s = trimmed_mean([ns / 1e9 for _, ns in waited.spans.expert])
-    head_s = trimmed_mean([ns / 1e9 for _, ns in resident.spans.head])
-    idle_s, host_s = (trimmed_mean([ns / 1e9 for _, ns in r.spans.host]) for r in (resident, demand) if r.spans)
-    looking_s = trimmed_mean([ns / 1e9 for _, ns in looking.spans.host])
-    gates_s = trimmed_mean([ns / 1e9 for _, ns in looking.spans.gates])
+    expert_s = trimmed_mean([s.ns / 1e9 for s in waited.spans.expert])
+    head_s = trimmed_mean([s.ns / 1e9 for s in resident.spans.head])
+    idle_s, host_s = (trimmed_mean([s.ns / 1e9 for s in r.spans.host]) for r in (resident, demand) if r.spans)
+    looking_s = trimmed_mean([s.ns / 1e9 for s in looking.spans.host])
+    routing_s = trimmed_mean([s.ns / 1e9 for s in resident.spans.gates])  # brought to the host anyway: part of dense_s
+    gates_s = max(0.0, trimmed_mean([s.ns / 1e9 for s in looking.spans.gates]) - routing_s)
     visit_s = (tpot_s - head_s) / spec.num_layers
     dense_s = max(1e-7, visit_s - idle_s - spec.top_k * expert_s)
     laws = Operators(
@@ -129,9 +129,9 @@ def measure(
     machine = replace(rough, operators={spec.name: laws}, host_s=host_s, evidence="MEASURED")
     pieces = {
         "dense_s": dense_s,
-        "dense_alone_s": trimmed_mean([ns / 1e9 for *_, ns in waited.spans.dense]),
+        "dense_alone_s": trimmed_mean([s.ns / 1e9 for s in waited.spans.dense]),
         "expert_s": expert_s,
-        "expert_launch_s": trimmed_mean([ns / 1e9 for _, ns in resident.spans.expert]),
+        "expert_launch_s": trimmed_mean([s.ns / 1e9 for s in resident.spans.expert]),
         "head_s": head_s,
         "host_without_loads_s": idle_s,
         "host_s": host_s,
@@ -143,12 +143,9 @@ def measure(
 
 
 def with_host(machine: HardwareProfile, engine: ForcedEngine, own_link: bool) -> tuple[HardwareProfile, str]:
-    """The machine with measured times of experts on the host, where the engine computes there; and what was done."""
-    if importlib.util.find_spec("runtime.host_calibration") is None:
-        return machine, "this engine computes none"
-    measuring = importlib.import_module("runtime.host_calibration")
+    """The machine with measured times of experts on the host; and what was measured."""
     engine.dense.restore()
-    found = measuring.host_figures(
+    found = host_figures(
         {engine.bits: engine.store},
         Held(engine.device),
         link=machine.link,

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtime.calibrate import paced_link
+from runtime.calibration.link import paced_link
 from runtime.host_time import SHAPE, host_times
 from runtime.store import ExpertRows
 

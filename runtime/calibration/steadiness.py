@@ -18,7 +18,7 @@ import torch
 SIZE, TIMES = 256, 30  # a float32 matrix of 256 kB, which a core's own cache holds, and how often it is multiplied
 PIECES, PIECE, READ = 12, 1 << 18, 3  # pieces of 1 MB, which only the shared cache holds, and how many a look reads
 USUAL = 0.25  # quantile of the looks that is taken as usual
-SLACK = 1.2  # times the usual, above which a look was disturbed
+SLACK = 1.15  # times the usual, above which a look was disturbed
 
 
 class Control:

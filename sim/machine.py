@@ -179,19 +179,19 @@ def machine_from(values: Any, evidence: Any, sources: Any) -> HardwareProfile:
         SpecError: a field is unknown, missing or of another kind.
     """
     known = {f.name for f in dataclasses.fields(HardwareProfile)} - {"evidence", "sources"}
-    _complete("machine", values, HardwareProfile)
+    values = _complete("machine", values, HardwareProfile)
     unknown = set(values) - known
     if unknown:
         raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")
     for name, text in (("machine.name", values["name"]), ("evidence", evidence)):
         if not isinstance(text, str):
             raise SpecError(f"{name} is {text!r:.80}; it must be a string")
-    _complete("machine.link", values["link"], LinkProfile)
-    speeds = {name: _positive(f"machine.link.{name}", v) for name, v in values["link"].items()}
+    link = _complete("machine.link", values["link"], LinkProfile)
+    speeds = {name: _positive(f"machine.link.{name}", v) for name, v in link.items()}
     strange = speeds.keys() - {f.name for f in dataclasses.fields(LinkProfile)}
     if strange:
         raise SpecError(f"machine.link has the field {min(strange)!r}, which is unknown; leave it out")
-    laws = _object("machine.operators", values.get("operators", {}))
+    laws = {m: _complete(f"machine.operators.{m}", law, Operators) for m, law in values.get("operators", {}).items()}
     plain = {k: v for k, v in values.items() if k not in ("link", "operators", "name")}
     numbers: dict[str, Any] = {k: _positive(f"machine.{k}", v) for k, v in plain.items()}
     return HardwareProfile(
@@ -210,43 +210,43 @@ def _object(where: str, values: Any) -> dict[str, Any]:
     return values
 
 
-def _complete(where: str, values: Any, of: type) -> None:
-    """Refuse what is no object, or lacks a field that the class has no default for."""
+def _complete(where: str, values: Any, of: type) -> dict[str, Any]:
+    """Refuse what is no object, lacks a field that the class has no default for, or has no object where it has one."""
+    found = _object(where, values)
     for one in dataclasses.fields(of):
-        needed = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if needed and one.name not in _object(where, values):
+        if one.name in found:
+            if str(one.type).startswith("dict"):
+                _object(f"{where}.{one.name}", found[one.name])
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
             raise SpecError(f"{where}.{one.name} is missing; a profile must have it")
+    return found
 
 
-def _operators(where: str, law: Any) -> Operators:
+def _operators(where: str, law: dict[str, Any]) -> Operators:
     def seconds(key: str, numbers: Any, length: int = 0) -> tuple[float, ...]:
         if not isinstance(numbers, list | tuple) or (length and len(numbers) != length):
             raise SpecError(f"{where}.{key} is {numbers!r}; it must be a list of {length or 'any number of'} seconds")
         return tuple(_positive(f"{where}.{key}", number) for number in numbers)
 
-    _complete(where, law, Operators)
     fixed, token, context = seconds("dense", law["dense"], 3)
 
-    def part(key: str) -> dict[str, Any]:
-        return _object(f"{where}.{key}", law.get(key, {}))
-
     def by_bits(key: str) -> dict[str, tuple[float, float]]:
-        laws = {bits: seconds(f"{key}.{bits}", numbers, 2) for bits, numbers in part(key).items()}
+        laws = {bits: seconds(f"{key}.{bits}", numbers, 2) for bits, numbers in law.get(key, {}).items()}
         return {bits: (first, second) for bits, (first, second) in laws.items()}
 
     head = seconds("head", law["head"], 2)
     once, share, most = seconds("cooling", law.get("cooling", (0.0, 0.0, 0.0)), 3)
     return Operators(
         dense=(fixed, token, context),
-        expert=by_bits("expert"),
+        expert=by_bits("expert") if law["expert"] else {},
         head=(head[0], head[1]),
         gates=seconds("gates", law.get("gates", ())),
-        host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in part("host_s").items()},
+        host_s={policy: _positive(f"{where}.host_s.{policy}", s) for policy, s in law.get("host_s", {}).items()},
         host_expert=by_bits("host_expert"),
         cooling=(once, share, most),
         control_s=_positive(f"{where}.control_s", law.get("control_s", 0.0)),
         reach=_reach(f"{where}.reach", law.get("reach", {})),
-        residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in part("residuals").items()},
+        residuals={name: _ratios(f"{where}.residuals.{name}", r) for name, r in law.get("residuals", {}).items()},
     )
 
 
@@ -275,7 +275,8 @@ def _ratios(where: str, values: Any) -> tuple[float, ...]:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
         raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
-    if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not name.endswith("h2d_host_gb_s"):
+    as_alone = value == 0 and name.endswith("h2d_host_gb_s")
+    if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not as_alone:
         raise SpecError(f"{name} is {value!r}; a bandwidth must be above 0")
     return float(value)
 

@@ -76,7 +76,7 @@ def axis(text: str) -> Axis:
     if not equals or not key or not rest.strip():
         raise SpecError(f"--grid {text!r}: write KEY=VALUE,VALUE,... or KEY=LOW..HIGH")
     kind, _, name = key.partition(".")
-    plugins = registry.plugins(kind) if kind in registry.PACKAGES else {}
+    plugins = registry.plugins(kind) if kind in registry.PACKAGES else registry.Plugins()
     known = bool(name) and (
         kind in ("machine", "model") or any(name in module.Params._fields for module in plugins.values())
     )
@@ -87,6 +87,7 @@ def axis(text: str) -> Axis:
             else f"; parameters of a {kind}: "
             + ", ".join(sorted({field for module in plugins.values() for field in module.Params._fields}))
         )
+        parameters += "".join(f"; {sentence}" for sentence in plugins.left_out.values())
         raise SpecError(
             f"--grid key {key!r} is unknown; known are {', '.join((*FIELDS, *RUN_KEYS))}, policy.PARAMETER, "
             f"cache.PARAMETER, predictor.PARAMETER, machine.FIELD and model.FIELD{parameters}"

@@ -51,7 +51,7 @@ def guess_table(trace: Trace, text: str) -> GuessTable:
     """
     spec = parse(text)
     known = registry.plugins("predictor")
-    if spec.name not in known:
+    if spec.name not in known and spec.name not in known.left_out:
         if spec.name not in trace.guesses:
             recorded = ", ".join(trace.guesses) or "none"
             raise SpecError(
@@ -60,7 +60,11 @@ def guess_table(trace: Trace, text: str) -> GuessTable:
             )
         spec = Spec("recorded", {"name": spec.name})
     chosen = bind("predictor", spec)
-    table: GuessTable = chosen.module.table(chosen.params, trace)
+    try:
+        table: GuessTable = chosen.module.table(chosen.params, trace)
+    except Exception as error:
+        registry.name_plugin(error, f"while predictor {text!r} made its table")
+        raise
     return table
 
 
@@ -113,8 +117,12 @@ def fitted(setting: Setting) -> Fitted:
     following: list[int] = []
     if cache.needs_future:
         first_use, following = _future(trace)
-    table = cache.module.fit(cache.params, trace) if hasattr(cache.module, "fit") else []
-    sizes = cache.module.sizes(cache.params, trace, setting.slots) if hasattr(cache.module, "sizes") else []
+    try:
+        table = cache.module.fit(cache.params, trace) if hasattr(cache.module, "fit") else []
+        sizes = cache.module.sizes(cache.params, trace, setting.slots) if hasattr(cache.module, "sizes") else []
+    except Exception as error:
+        registry.name_plugin(error, f"while cache {cache.name!r} was fitted")
+        raise
     return Fitted(table, sizes, first_use, following)
 
 

@@ -176,26 +176,54 @@ def load_machine(name_or_file: str) -> HardwareProfile:
     return machine_from(content["machine"], content.get("evidence", "ESTIMATED"), content.get("sources", {}))
 
 
-def machine_from(values: dict[str, Any], evidence: str, sources: dict[str, str]) -> HardwareProfile:
-    """Build a profile from a profile file's parts."""
+def machine_from(values: Any, evidence: Any, sources: Any) -> HardwareProfile:
+    """Build a profile from a profile file's parts.
+
+    Raises:
+        SpecError: a field is unknown, missing or of another kind.
+    """
     known = {f.name for f in dataclasses.fields(HardwareProfile)} - {"evidence", "sources"}
-    try:
-        if not isinstance(values["name"], str):
-            raise SpecError(f"machine.name is {values['name']!r}; it must be a string")
-        unknown = set(values) - known
-        if unknown:
-            raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")
-        link = LinkProfile(**{k: _positive(f"machine.link.{k}", v) for k, v in values["link"].items()})
-        operators = {
-            model: _operators(f"machine.operators.{model}", law) for model, law in values.get("operators", {}).items()
-        }
-        plain = {k: v for k, v in values.items() if k not in ("link", "operators", "name")}
-        numbers = {k: _positive(f"machine.{k}", v) for k, v in plain.items()}
-        return HardwareProfile(
-            name=values["name"], link=link, operators=operators, evidence=evidence, sources=sources, **numbers
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SpecError(f"machine profile: a field is missing or of the wrong kind ({error})") from None
+    values = _complete("machine", values, HardwareProfile)
+    unknown = set(values) - known
+    if unknown:
+        raise SpecError(f"machine field {sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(known))}")
+    for name, text in (("machine.name", values["name"]), ("evidence", evidence)):
+        if not isinstance(text, str):
+            raise SpecError(f"{name} is {text!r:.80}; it must be a string")
+    link = _complete("machine.link", values["link"], LinkProfile)
+    speeds = {name: _positive(f"machine.link.{name}", v) for name, v in link.items()}
+    strange = speeds.keys() - {f.name for f in dataclasses.fields(LinkProfile)}
+    if strange:
+        raise SpecError(f"machine.link has the field {min(strange)!r}, which is unknown; leave it out")
+    laws = {m: _complete(f"machine.operators.{m}", law, Operators) for m, law in values.get("operators", {}).items()}
+    plain = {k: v for k, v in values.items() if k not in ("link", "operators", "name")}
+    numbers: dict[str, Any] = {k: _positive(f"machine.{k}", v) for k, v in plain.items()}
+    return HardwareProfile(
+        name=values["name"],
+        link=LinkProfile(**speeds),
+        operators={model: _operators(f"machine.operators.{model}", law) for model, law in laws.items()},
+        evidence=evidence,
+        sources=_object("sources", sources),
+        **numbers,
+    )
+
+
+def _object(where: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise SpecError(f"{where} is {values!r:.80}; it must be an object")
+    return values
+
+
+def _complete(where: str, values: Any, of: type) -> dict[str, Any]:
+    """Refuse what is no object, lacks a field that the class has no default for, or has no object where it has one."""
+    found = _object(where, values)
+    for one in dataclasses.fields(of):
+        if one.name in found:
+            if str(one.type).startswith("dict"):
+                _object(f"{where}.{one.name}", found[one.name])
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise SpecError(f"{where}.{one.name} is missing; a profile must have it")
+    return found
 
 
 def _operators(where: str, law: dict[str, Any]) -> Operators:
@@ -251,7 +279,8 @@ def _ratios(where: str, values: Any) -> tuple[float, ...]:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
         raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
-    if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not name.endswith("h2d_host_gb_s"):
+    as_alone = value == 0 and name.endswith("h2d_host_gb_s")
+    if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not as_alone:
         raise SpecError(f"{name} is {value!r}; a bandwidth must be above 0")
     return float(value)
 
@@ -287,12 +316,12 @@ def override(machine: HardwareProfile, model: ModelSpec, items: list[str]) -> tu
             value = text
         if root == "machine":
             values = machine.to_json()
-            _assign(values["machine"], path.split("."), value, key)
+            _assign(values["machine"], path, value, key)
             sources = machine.sources | {path: "set by the user"}
             machine = machine_from(values["machine"], "ESTIMATED", sources)
         else:
             fields = model.to_json()
-            _assign(fields, [path], value, key)
+            _assign(fields, path, value, key)
             try:
                 model = ModelSpec.from_json(fields)
             except ValueError as error:
@@ -300,12 +329,20 @@ def override(machine: HardwareProfile, model: ModelSpec, items: list[str]) -> tu
     return machine, model
 
 
-def _assign(values: dict[str, Any], path: list[str], value: Any, key: str) -> None:
-    for part in path[:-1]:
-        inner = values.get(part)
-        if not isinstance(inner, dict):
-            raise SpecError(f"--set {key}: there is no field {part!r}; fields: {', '.join(values)}")
-        values = inner
-    if path[-1] not in values or isinstance(values[path[-1]], dict):
-        raise SpecError(f"--set {key}: there is no field {path[-1]!r}; fields: {', '.join(values)}")
-    values[path[-1]] = value
+def _assign(values: dict[str, Any], path: str, value: Any, key: str) -> None:
+    """Set the field at a dotted path; names on the way, such as a model's, may have dots themselves."""
+    holder, name = _place(values, path, key)
+    holder[name] = value
+
+
+def _place(values: dict[str, Any], path: str, key: str) -> tuple[dict[str, Any], str]:
+    if path in values and not isinstance(values[path], dict):
+        return values, path
+    refused = SpecError(f"--set {key}: there is no field {path!r}; fields: {', '.join(values)}")
+    for name in sorted(values, key=len):
+        if isinstance(values[name], dict) and path.startswith(f"{name}."):
+            try:
+                return _place(values[name], path.removeprefix(f"{name}."), key)
+            except SpecError as error:
+                refused = error
+    raise refused

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sim import clock, guard
+from sim import clock, guard, registry
 from sim.plugin import Experts, Misses, Now
 from sim.spec import Options, SpecError
 from sim.state import (
@@ -290,7 +290,13 @@ class Planner:
         routed = self._enter(s, visit)
         if decode and s.n[LOOKING]:
             self._enter_guesses(visit)
-        self._decide(visit, decode, routed, used, dense_ns, head_ns)
+        try:
+            self._decide(visit, decode, routed, used, dense_ns, head_ns)
+        except Exception as error:
+            run = self.options
+            names = f"policy {run.policy.name!r}, cache {run.cache.name!r} and miss {run.miss!r}"
+            registry.name_plugin(error, f"while {names} decided visit {visit.index}")
+            raise
         self._accesses += used
         return self._plan(visit, routed)
 

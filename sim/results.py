@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from sim import compiled, registry
-from sim.spec import Options, SpecError, parse
+from sim.spec import Options, SpecError, parse, plugin
 from traces import TraceError
 
 SCHEMA = 1
@@ -69,7 +69,7 @@ def _version(policy: Any, cache: Any, miss: Any, predictor: str, options: Option
         if hasattr(cache, "fit") or hasattr(cache, "sizes"):
             sha.update(Path(str(cache.__file__)).read_bytes())
         if predictor:
-            found = registry.plugins("predictor").get(predictor, registry.plugins("predictor")["recorded"])
+            found = registry.plugins("predictor").get(predictor) or plugin("predictor", "recorded")
             for module in (found, importlib.import_module("sim.predicting")):
                 sha.update(Path(str(module.__file__)).read_bytes())
         _VERSIONS[key] = sha.hexdigest()

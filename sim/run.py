@@ -161,8 +161,9 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
 
 
 def expand(policies: list[str] | None) -> list[str]:
-    """``all`` stands for every policy and preset; nothing for the default."""
-    names = [*registry.plugins("policy"), *PRESETS]
+    """``all`` stands for every policy and preset, one that cannot be used too; nothing for the default."""
+    found = registry.plugins("policy")
+    names = [*found.left_out, *found, *PRESETS]
     return [name for text in policies or [DEFAULT_POLICY] for name in (names if text == EVERY else [text])]
 
 

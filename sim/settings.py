@@ -21,7 +21,7 @@ from sim.planner import check_slots
 from sim.presets import PRESETS
 from sim.results import trace_sha256
 from sim.run import DEFAULT_MODEL
-from sim.spec import RUN_KEYS, Options, SpecError, convert, options, parse
+from sim.spec import RUN_KEYS, Options, SpecError, convert, options, parse, plugin
 from sim.timing import Timing, check_reach
 from traces import ModelSpec, Trace
 from traces.format import shipped
@@ -251,8 +251,8 @@ def complete(values: dict[str, str]) -> str:
             keys[name] = value
         elif name and kind in ("cache", "predictor", "miss"):
             inner = keys.get(kind) or named.get(kind) or values.get(kind) or RUN_DEFAULTS[kind]
-            plugin = registry.plugins(kind).get(parse(inner).name)
-            if plugin is not None and name in plugin.Params._fields:
+            module = registry.plugins(kind).get(parse(inner).name)
+            if module is not None and name in module.Params._fields:
                 keys[kind] = with_keys(inner, {name: value})
     found = with_keys(text, keys)
     chosen = options_of(found)
@@ -266,8 +266,7 @@ RUN_DEFAULTS = {"cache": "lru", "predictor": "recorded", "miss": "load"}
 
 
 def _parameters(text: str) -> tuple[str, ...]:
-    module = registry.plugins("policy").get(resolved(text)[""]) if text else None
-    return tuple(module.Params._fields) if module is not None else ()
+    return tuple(plugin("policy", resolved(text)[""], PRESETS).Params._fields) if text else ()
 
 
 def _whole(name: str, text: str, least: int) -> int:
@@ -290,11 +289,11 @@ def shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tu
 
 
 def _check(setting: Setting, vram_bytes: int | None) -> None:
+    check_width(setting)
     try:
         check_slots(setting.model, setting.slots)
-        setting.model.expert_bytes(setting.bits)
         Timing(setting.machine, setting.model, setting.bits, setting.options)
-    except ValueError as error:
+    except SpecError as error:
         raise FitError(str(error)) from None
     if vram_bytes is None:
         return
@@ -303,6 +302,18 @@ def _check(setting: Setting, vram_bytes: int | None) -> None:
         raise FitError(f"{setting.slots} slots at {setting.bits} bits need more than {vram_bytes / 1e9:g} GB")
     if host > setting.machine.host_gb * 1e9:
         raise FitError(f"experts of {setting.bits} bits need more than the host's {setting.machine.host_gb:g} GB")
+
+
+def check_width(setting: Setting) -> None:
+    """Refuse a width that the model's experts cannot have.
+
+    Raises:
+        FitError: with the reason.
+    """
+    try:
+        setting.model.expert_bytes(setting.bits)
+    except ValueError as error:
+        raise FitError(str(error)) from None
 
 
 def most_slots(setting: Setting, vram_bytes: int) -> int:
@@ -317,10 +328,8 @@ def most_slots(setting: Setting, vram_bytes: int) -> int:
     def fits(slots: int) -> bool:
         return memory(dataclasses.replace(whole, slots=slots))[0] <= vram_bytes
 
-    try:
-        found = last(least, most, fits)
-    except ValueError as error:
-        raise FitError(str(error)) from None
+    check_width(setting)
+    found = last(least, most, fits)
     if found is None:
         raise FitError(f"not even {least} slots a layer fit {vram_bytes / 1e9:g} GB at {setting.bits} bits")
     return found

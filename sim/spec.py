@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from sim import registry
@@ -88,16 +90,28 @@ class Bound:
         return self.name + (":" + ",".join(changed) if changed else "")
 
 
+def plugin(kind: str, name: str, others: Iterable[str] = ()) -> ModuleType:
+    """The plug-in of a kind by its name; files of the kind that cannot be used are said on standard error, once.
+
+    Raises:
+        SpecError: its file cannot be used; or there is none, and what is known is listed, with ``others``.
+    """
+    found = registry.plugins(kind)
+    if name in found.left_out:
+        raise SpecError(found.left_out[name])
+    if name not in found:
+        raise SpecError(f"{kind} {name!r} is unknown; known are {', '.join([*found, *others])}")
+    found.say_left_out()
+    return found[name]
+
+
 def bind(kind: str, spec: Spec) -> Bound:
     """Find the plug-in of ``kind`` and give it its parameters.
 
     Raises:
-        SpecError: no such plug-in, an unknown key, or a value of the wrong type; what is allowed is listed.
+        SpecError: as `plugin`; an unknown key, or a value of the wrong type; what is allowed is listed.
     """
-    modules = registry.plugins(kind)
-    if spec.name not in modules:
-        raise SpecError(f"{kind} {spec.name!r} is unknown; known are {', '.join(modules)}")
-    module = modules[spec.name]
+    module = plugin(kind, spec.name)
     fields = module.Params._field_defaults
     for key in spec.keys:
         if key not in fields:
@@ -162,6 +176,9 @@ class Options:
 
     def __post_init__(self) -> None:
         bind("miss", parse(self.miss))
+        guesser = parse(self.predictor).name
+        if self.prefetches and guesser in registry.plugins("predictor").left_out:
+            plugin("predictor", guesser)
         if self.stale not in ("retract", "keep"):
             raise SpecError(f"stale is {self.stale!r}; it must be retract or keep")
         for name, least in (
@@ -213,11 +230,7 @@ class Options:
     @property
     def lookahead(self) -> int:
         """Layers ahead the policy looks; 0 when it does not."""
-        if not self.prefetches:
-            return 0
-        if not hasattr(self.policy.params, "lookahead"):
-            raise SpecError(f"policy {self.policy.name} has a function worth; its Params must have lookahead")
-        return int(self.policy.params.lookahead)
+        return int(self.policy.params.lookahead) if self.prefetches else 0
 
     def needs_future(self) -> list[str]:
         """Names of plug-ins in use that know future routing."""
@@ -257,17 +270,33 @@ def options(text: str, cache: str = "lru", predictor: str = "recorded", **defaul
         base = parse(PRESETS[spec.name].spec)
         keys, spec = {**base.keys, **spec.keys}, Spec(base.name, {})
     keys |= spec.keys
-    if spec.name not in registry.plugins("policy"):
-        known = ", ".join([*registry.plugins("policy"), *PRESETS])
-        raise SpecError(f"policy {spec.name!r} is unknown; known are {known}")
+    plugin("policy", spec.name, PRESETS)
     own = {k: v for k, v in keys.items() if k not in RUN_KEYS}
     policy = bind("policy", Spec(spec.name, own))
-    values: dict[str, Any] = {**getattr(policy.module, "OPTIONS", {}), **defaults}
+    values: dict[str, Any] = {**own_options(policy), **defaults}
     for key, value in keys.items():
         if key in RUN_KEYS and key not in ("cache", "predictor"):
             values[key] = convert(key, value, type(RUN_KEYS[key].default))
     chosen = bind("cache", parse(keys.get("cache", cache)))
     return Options(policy=policy, cache=chosen, predictor=keys.get("predictor", predictor), text=text, **values)
+
+
+def own_options(policy: Bound) -> dict[str, Any]:
+    """What a policy's ``OPTIONS`` set of a run.
+
+    Raises:
+        SpecError: they are no dict, set what a policy does not, or to a value of the wrong type.
+    """
+    found = getattr(policy.module, "OPTIONS", {})
+    kinds = {key: type(field.default) for key, field in RUN_KEYS.items() if key not in ("cache", "predictor")}
+    if not isinstance(found, dict) or not all(
+        key in kinds and isinstance(value, str if kinds[key] is str else int) for key, value in found.items()
+    ):
+        allowed = ", ".join(f"{key} ({kind.__name__})" for key, kind in kinds.items())
+        raise SpecError(
+            f"policy {policy.name!r} has OPTIONS = {found!r}; in {policy.module.__file__}, make it a dict of {allowed}"
+        )
+    return dict(found)
 
 
 def comparable(texts: list[str], cache: str = "lru", predictor: str = "recorded", **defaults: Any) -> list[Options]:

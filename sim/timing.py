@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from math import ceil
 from typing import Any, TypeVar
@@ -238,14 +239,18 @@ def check_reach(machine: HardwareProfile, model: ModelSpec, trace: Trace) -> Non
         "tokens": max((p.tokens for p in passes), default=0),
         "context": max((p.tokens + p.context for p in passes), default=0),
     }
-    for name, most in laws.reach.items():
-        if asked[name] > FARTHEST * most:
-            what = "tokens in a pass" if name == "tokens" else "tokens of context"
-            raise SpecError(
-                f"profile {machine.name!r} was measured with up to {most:g} {what}, the trace has {asked[name]}, more "
-                f"than {FARTHEST:g} times as many; calibrate with --context {asked[name]}, or extrapolate with "
-                f"--set machine.operators.{model.name}.reach.{name}={asked[name]}"
-            )
+    beyond = {name: most for name, most in laws.reach.items() if asked[name] > FARTHEST * most}
+    if not beyond:
+        return
+    units = {"tokens": "tokens in a pass", "context": "tokens of context"}
+    measured = " and ".join(f"{most:g} {units[name]}" for name, most in beyond.items())
+    found = " and ".join(str(asked[name]) for name in beyond)
+    path = f"machine.operators.{model.name}.reach"
+    flags = " ".join(f"--set {shlex.quote(f'{path}.{name}={asked[name]}')}" for name in beyond)
+    raise SpecError(
+        f"profile {machine.name!r} was measured with up to {measured}, the trace has {found}, more than {FARTHEST:g} "
+        f"times as many; calibrate with --context {asked['context']}, or extrapolate with {flags}"
+    )
 
 
 def of_policy(known: dict[str, T], options: Options) -> T | None:

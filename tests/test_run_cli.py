@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -280,14 +281,17 @@ def test_wrong_flag_values_are_one_sentence(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "python -m sim.run: argument --slots: invalid int value: 'abc'; see --help\n"
 
 
-def test_a_profile_is_not_believed_far_beyond_what_it_measured(files: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny", "a.b-c"])
+def test_a_profile_is_not_believed_far_beyond_what_it_measured(files: Path, name: str) -> None:
     """The fixture's sequences have 12 tokens of context, more than 1.5 times 7; told so, the command goes on."""
     machine = json.loads((files / "round.json").read_text())
-    laws = machine["machine"]["operators"]["tiny"]
-    laws["reach"] = {"tokens": 1000, "context": 7}
-    near = files / "near.json"
+    laws = machine["machine"]["operators"].pop("tiny")
+    machine["machine"]["operators"][name] = laws | {"reach": {"tokens": 1000, "context": 7}}
+    near = files / f"{name}.near.json"
     near.write_text(json.dumps(machine))
-    done = run(files, "--machine", str(near), "--no-baselines", code=2)
-    assert "up to 7 tokens of context" in done.stderr and "--set machine.operators.tiny.reach.context=" in done.stderr
-    told = run(files, "--machine", str(near), "--no-baselines", "--set", "machine.operators.tiny.reach.context=1000")
-    assert document(told)["tpot_s"] > 0
+    flags = ("--machine", str(near), "--no-baselines", "--set", f"model.name={name}")
+    done = run(files, *flags, code=2)
+    assert "up to 7 tokens of context" in done.stderr
+    remedy = shlex.split(done.stderr.partition("or extrapolate with ")[2])
+    assert remedy == ["--set", f"machine.operators.{name}.reach.context=12"]
+    assert document(run(files, *flags, *remedy))["tpot_s"] > 0

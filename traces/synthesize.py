@@ -326,10 +326,13 @@ def _chosen(args: argparse.Namespace) -> Preset:
 def _read_model(path: Path) -> ModelSpec:
     try:
         content = json.loads(path.read_bytes())
-        return ModelSpec.from_json(content.get("model", content))
+        shape = content.get("model", content) if isinstance(content, dict) else content
+        if not isinstance(shape, dict):
+            raise ValueError("it must be an object")
+        return ModelSpec.from_json(shape)
     except OSError as error:
         raise StatisticsError(f"model {str(path)!r} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StatisticsError(f"model {str(path)!r} is not a model's JSON: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sim.report.reading import INTEGER, NUMBER, OBJECT, TEXT, Kind, fault
 from sim.spec import SpecError
 from sim.timeline import COMPUTE, D2H, H2D, HOST
 
 TRACKS = (COMPUTE, H2D, D2H, HOST)
 EXPERT = re.compile(r"(?:expert )?(\d+\.\d+)")
 HIT, LATE, MISS = "hit", "late", "miss"
+NAMED = {"args": Kind("an object with a name", lambda v: OBJECT.fits(v) and "name" in v)}
+FLOW = {"ts": NUMBER, "id": Kind("a number or text", lambda v: INTEGER.fits(v) or TEXT.fits(v))}
+FIELDS = {"M": {"name": TEXT}, "X": {"tid": INTEGER, "name": TEXT, "ts": NUMBER, "dur": NUMBER}, "s": FLOW, "f": FLOW}
 
 
 class Slice(NamedTuple):
@@ -69,15 +74,26 @@ def read(path: str) -> list[Process]:
     try:
         content = Path(path).read_bytes()
         text = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        events = json.loads(text)["traceEvents"]
-        found = processes(events)
+        document = json.loads(text)
     except OSError as error:
         raise SpecError(f"--timeline {path}: {error.strerror or error}; name a file of sim.run --timeline") from None
-    except (EOFError, ValueError, KeyError, TypeError, AttributeError):
-        raise SpecError(f"--timeline {path} is no timeline; name a file that sim.run --timeline has written") from None
+    except (EOFError, zlib.error, ValueError, RecursionError):
+        document = None
+    events = document.get("traceEvents") if isinstance(document, dict) else None
+    if not isinstance(events, list) or any(map(_wrong, events)):
+        raise SpecError(f"--timeline {path} is no timeline; name a file that sim.run --timeline has written")
+    found = processes(events)
     if not found:
         raise SpecError(f"--timeline {path} has no complete token; write one with sim.run --timeline")
     return found
+
+
+def _wrong(event: Any) -> bool:
+    """Whether what `processes` reads of an event is not there, or of another kind."""
+    if not isinstance(event, dict) or fault(event, {"ph": TEXT, "pid": INTEGER} | FIELDS.get(str(event.get("ph")), {})):
+        return True
+    names = event["ph"] == "M" and event["name"] in ("process_name", "thread_name")
+    return names and bool(fault(event, NAMED | ({"tid": INTEGER} if event["name"] == "thread_name" else {})))
 
 
 def processes(events: Iterable[dict[str, Any]]) -> list[Process]:

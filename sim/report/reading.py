@@ -65,6 +65,8 @@ def maybe(kind: Kind) -> Kind:
 TEXT = Kind("text", lambda v: isinstance(v, str))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 WHOLE = Kind("a whole number above 0", lambda v: isinstance(v, int) and _positive(v))
+INTEGER = Kind("a whole number", lambda v: isinstance(v, int) and _number(v))
+FEW = Kind("a whole number from 0 to 100000", lambda v: INTEGER.fits(v) and 0 <= v <= 100_000)
 NUMBER = Kind("a number", _number)
 COUNT = Kind("a number, 0 or larger", _not_negative)
 ABOVE_0 = Kind("a number above 0", _positive)
@@ -195,12 +197,19 @@ def check(path: str, what: str, record: Record, fields: Mapping[str, Kind]) -> N
     Raises:
         SpecError: one is not.
     """
+    if wrong := fault(record, fields):
+        raise SpecError(f"results {path}: {what} has {wrong}; {REMEDY}")
+
+
+def fault(record: Record, fields: Mapping[str, Kind]) -> str:
+    """The first field that is missing or of another kind, in words; empty for none."""
     for name, kind in fields.items():
         if name not in record:
             if kind.optional:
                 continue
-            raise SpecError(f"results {path}: {what} has no {name!r}; {REMEDY}")
+            return f"no {name!r}"
         if not kind.fits(record[name]):
             shown = json.dumps(record[name])
             shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
-            raise SpecError(f"results {path}: {what} has {name} {shown}; it must be {kind.words}: {REMEDY}")
+            return f"{name} {shown}; it must be {kind.words}"
+    return ""

@@ -208,10 +208,12 @@ def fitting_slots(args: argparse.Namespace, setting: Setting, runs: list[Options
         SpecError: nothing fits, or not so many slots; what does is said.
     """
     limit = size_bytes(args.vram)
-    try:
-        most = min(most_slots(replace(setting, options=run), limit) for run in runs)
-    except FitError as error:
-        raise SpecError(f"{error}: {remedy(setting, limit)}") from None
+    most = setting.model.num_experts
+    for one in (replace(setting, options=run) for run in runs):
+        try:
+            most = min(most, most_slots(one, limit))
+        except FitError as error:
+            raise SpecError(f"{error}: {remedy(one, limit)}") from None
     if args.slots is not None and args.slots > most:
         raise SpecError(f"--slots {args.slots} do not fit --vram {args.vram} with that context; {most} do")
     return most if args.slots is None else int(args.slots)

@@ -23,8 +23,9 @@ from runtime import devices, models, provenance
 from runtime.copier import CopierError
 from runtime.observe import EngineTimeline
 from runtime.offloading import DTYPES, Offloaded, offload
+from sim.choice import made_for_another, read_choice
 from sim.experiment import regime
-from sim.run import read_choice, written
+from sim.run import written
 from sim.spec import SpecError
 from traces.cli import Parser
 
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     provenance.check_folder("--store", args.store)
     if args.tokens < 1:
         raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
+    if "model" in choice and (other := made_for_another(choice, models.spec_of(args.model))):
+        print(other, file=sys.stderr)
     start = time.monotonic()
     model = offload(
         args.model,

@@ -96,7 +96,7 @@ def load_dense(
     _check_complete(model, model_dir)
     if (model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir, local_files_only=True)
-    return model.eval(), _tokenizer(model_dir)
+    return model.eval(), tokenizer_of(model_dir)
 
 
 def _check_complete(model: torch.nn.Module, model_dir: Path) -> None:
@@ -108,7 +108,8 @@ def _check_complete(model: torch.nn.Module, model_dir: Path) -> None:
         raise StoreError(f"{model_dir} holds no tensor for {missing[0]}{more}; the checkpoint is incomplete")
 
 
-def _tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(model_dir: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model directory; None where there is none."""
     if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     return None

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import calibrate, models, prompts, provenance
 from runtime.calibration.idle import OtherWork, check_idle
-from runtime.calibration.runs import DEFAULT_LINK_GB_S, TOKENS, Runs
+from runtime.calibration.runs import CONTEXT, DEFAULT_LINK_GB_S, TOKENS, Runs
 from runtime.calibration.steadiness import Control
 from runtime.cells import Cell, Validation, save_traces
 from runtime.copier import CopierError
@@ -34,6 +34,7 @@ from sim.planner import check_slots
 from sim.run import read_choice, written
 from sim.spec import SpecError, comparable
 from sim.timeline import merge
+from sim.timing import check_within_reach
 from traces.cli import Parser
 
 DEFAULT_POLICIES = ("on_demand", "speculative")
@@ -186,11 +187,17 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     for name, value, least in (("tokens", args.tokens, 3), ("repeats", args.repeats, 1)):
         if value < least:
             raise SpecError(f"--{name} is {value}; it must be at least {least}")
+    tokenizer = models.tokenizer_of(args.model)
+    if tokenizer is None:
+        raise SpecError(f"--model {args.model} has no tokenizer; name a directory that holds one")
+    longest = max(len(tokenizer.encode(prompt.text)) for prompt in asked)
+    context = longest + args.tokens
     with ExitStack() as ends:
         control, others = Control(), OtherWork()
         runs: Runs | None = None
         if args.profile:
             clock = profile_for(args.profile, args.model)
+            check_within_reach(clock, models.spec_of(args.model), longest, context)
         else:
             print("calibrating, before and between the runs (--profile names a profile instead) ...", file=sys.stderr)
             check_idle(args.allow_busy)
@@ -202,6 +209,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
                     policies=[cell.options.text for cell in cells],
                     gb_s=median_low(cell.gb_s or DEFAULT_LINK_GB_S for cell in cells),
                     device=args.device,
+                    context=max(CONTEXT, context),
                     control=control,
                 )
             )

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sim import machine as machines
 from sim import noise
 from sim.noise import Difference
 from sim.results import SCHEMA
 from sim.spec import SpecError
+from traces import ModelSpec
 
 METRICS = ("tpot", "tokens_per_s")
 SAME = ("trace_sha256", "tokens", "machine_sha256", "model_sha256", "context", "cold_sequences")
 ROWS = 24
+CHOSEN = ("policy", "bits", "slots", "chunk_bytes", "context")
+MADE_FOR = ("machine", "machine_file", "machine_sha256", "model", "model_file", "set")
 
 Record = dict[str, Any]
 
@@ -212,6 +216,7 @@ def document(choice: Choice, wanted: Wish) -> dict[str, Any]:
         "record": record["key"],
         "trace_sha256": record["trace_sha256"],
         "machine": record["machine"],
+        "machine_sha256": record["machine_sha256"],
         "model": record["model"],
         "set": record["set"],
         "tokens_per_s": speed(record),
@@ -230,3 +235,63 @@ def write(path: str, content: dict[str, Any]) -> None:
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
+
+
+def files(named: dict[str, str | None]) -> dict[str, str]:
+    """Keys of a choice file for what was named by a file: without it the name alone would not be found again.
+
+    Args:
+        named: ``--machine`` and ``--model`` as they were given.
+    """
+    given = {f"{kind}_file": text for kind, text in named.items() if text is not None and text.endswith(".json")}
+    return {key: str(Path(text).absolute()) for key, text in given.items()}
+
+
+def read_choice(path: str) -> dict[str, Any]:
+    """The known keys of a choice file: what was chosen (`CHOSEN`), and what for (`MADE_FOR`).
+
+    Raises:
+        SpecError: unreadable, not a JSON object, nothing chosen, or a value of the wrong kind.
+    """
+    keys = ", ".join(CHOSEN)
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError(f"--choice {path}: {error}; it must be a JSON file with {keys}") from None
+    if not isinstance(content, dict):
+        raise SpecError(f"--choice {path} holds no JSON object; it must have {keys}")
+    found = {k: content[k] for k in (*CHOSEN, *MADE_FOR) if content.get(k) is not None}
+    if not any(key in found for key in CHOSEN):
+        raise SpecError(f"--choice {path} chooses nothing; it must have one or more of {keys}")
+    for key, value in found.items():
+        if key == "set":
+            good, needed = type(value) is list and all(type(item) is str for item in value), "a list of strings"
+        elif key == "policy" or key in MADE_FOR:
+            good, needed = type(value) is str, "a string"
+        else:
+            good, needed = type(value) is int, "an integer"
+        if not good:
+            raise SpecError(f"--choice {path}: {key} is {value!r}; it must be {needed}")
+    return found
+
+
+def made_for_another(choice: dict[str, Any], model: ModelSpec) -> str | None:
+    """One line if a choice was made for a model of another shape than the one that runs; None if not.
+
+    Shapes are compared where the choice's model is known here, names else: a checkpoint's is its folder's.
+    """
+    named = choice.get("model")
+    if named is None or named == model.name:
+        return None
+    try:
+        known = machines.load_model(choice.get("model_file", named))
+    except SpecError:
+        return f"the choice was made for {named}; this is {model.name}"
+    if _shape(known) == _shape(model):
+        return None
+    return f"the choice was made for {named}; {model.name} is of another shape"
+
+
+def _shape(model: ModelSpec) -> tuple[int, ...]:
+    layers = model.full_layers or model.num_layers
+    return layers, model.num_experts, model.top_k, model.hidden_size, model.expert_size

@@ -21,7 +21,7 @@ from sim.axes import Axis
 from sim.experiment import guess_table
 from sim.results import Store
 from sim.results import trace_sha256 as sha256_of
-from sim.settings import FitError, Space, trace_of
+from sim.settings import DEFAULT_MACHINE, FitError, Space, trace_of
 from sim.spec import SpecError
 from sim.sweep import Progress, Sweep
 from traces import Trace, load, save, stats
@@ -68,7 +68,7 @@ def sweep(
     """
     if not policies:
         raise SpecError("there is no policy to simulate; name at least one, such as 'speculative'")
-    base = {"machine": "rtx3090"} | {key: str(value) for key, value in (fixed or {}).items()}
+    base = {"machine": DEFAULT_MACHINE} | {key: str(value) for key, value in (fixed or {}).items()}
     axes = [Axis("policy", tuple(dict.fromkeys(policies)))]
     for key, values in (vary or {}).items():
         base.pop(key, None)

@@ -2,6 +2,7 @@
 
 python -m sim.run --policy speculative
 python -m sim.run --policy on_demand --policy speculative:lookahead=2 --machine rtx4090 --bits 3
+python -m sim.run --machine rtx3060-12gb --vram 12GB --context 4096
 """
 
 from __future__ import annotations
@@ -15,27 +16,38 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
 import traces
 from sim import compiled, registry, sensitivity
 from sim import machine as machines
-from sim.experiment import BOUNDS, Experiment, Setting, at_full_depth, context_tokens, fit, memory
+from sim.choice import CHOSEN, read_choice
+from sim.experiment import Experiment, Setting, at_full_depth, fit, memory
+from sim.machine import HardwareProfile
 from sim.presets import PRESETS
+from sim.printing import print_memory, print_setting, print_table
+from sim.settings import (
+    DEFAULT_MACHINE,
+    DEFAULT_MODEL,
+    FitError,
+    machine_text,
+    most_slots,
+    remedy,
+    size_bytes,
+    with_dense_part,
+)
 from sim.spec import Options, SpecError, comparable, parse
 from sim.timeline import Timeline
 from sim.timing import Timing, check_reach
-from traces import ModelSpec, TraceError
+from traces import ModelSpec, Trace, TraceError
 from traces.cli import Parser
 from traces.format import shipped
 
 BASELINES = ("on_demand", "mixtral_offloading")
-DEFAULT_MODEL = "mixtral-8x7b"
 DEFAULT_POLICY = "speculative"
 EVERY = "all"
-MOST_SOURCES = 4  # presets whose sources are printed below the table
-CHOICE_KEYS = ("policy", "bits", "slots", "chunk_bytes", "context")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,10 +66,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--trace", metavar="FILE", help="routing trace (default: the shipped recorded one)")
-    p.add_argument("--machine", default="rtx3090", metavar="NAME|FILE", help="default %(default)s")
+    p.add_argument("--machine", metavar="NAME|FILE", help=f"default {DEFAULT_MACHINE}")
     p.add_argument("--model", metavar="NAME|FILE", help=f"default {DEFAULT_MODEL}; with --trace, the trace's own")
     p.add_argument("--bits", type=int, choices=(16, 8, 4, 3, 2), help="width of the routed experts (default 4)")
     p.add_argument("--slots", type=int, metavar="N", help="cache slots per layer (default: half of the experts)")
+    p.add_argument("--vram", metavar="SIZE", help="take the most slots with which the whole model fits: 12GB")
+    p.add_argument(
+        "--context", type=int, metavar="N", help="tokens the KV cache has room for (default: the longest sequence)"
+    )
     p.add_argument(
         "--policy",
         action="append",
@@ -88,42 +104,62 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--sensitivity", action="store_true", help="vary recall, link speed and chunk size of the first policy"
     )
-    p.add_argument("--choice", metavar="FILE", help=f"JSON file with {', '.join(CHOICE_KEYS)}; flags win")
+    p.add_argument("--choice", metavar="FILE", help=f"of sim.sweep: {', '.join(CHOSEN)}, machine, model; flags win")
+    p.set_defaults(chunk_bytes=None)
     return p
 
 
-def read_choice(path: str) -> dict[str, Any]:
-    """The known keys of a choice file.
+def apply_choice(args: argparse.Namespace) -> dict[str, Any]:
+    """Fill flags that were not given from ``--choice``; an explicit flag wins and is reported.
+
+    Returns the choice, without changes (``set``) of a machine or model that is not used.
+    """
+    choice = read_choice(args.choice) if args.choice else {}
+    for key in CHOSEN:
+        if key in choice and key == "slots" and args.slots is None and args.vram is not None:
+            _wins("vram", f"{choice['slots']} slots")
+        elif key in choice and getattr(args, key) is None:
+            setattr(args, key, [choice[key]] if key == "policy" else choice[key])
+        elif key in choice:
+            _wins(key, choice[key])
+    changes = choice.get("set", [])
+    for kind in ("machine", "model"):
+        if kind in choice and getattr(args, kind) is not None:
+            own = [item for item in changes if item.startswith(f"{kind}.")]
+            _wins(kind, ", ".join([choice[kind], *own]))
+            changes = [item for item in changes if item not in own]
+    given = {item.partition("=")[0] for item in args.set}
+    for item in [item for item in changes if item.partition("=")[0] in given]:
+        _wins("set", item)
+    args.set = [item for item in changes if item.partition("=")[0] not in given] + args.set
+    return choice | {"set": changes}
+
+
+def _wins(flag: str, value: object) -> None:
+    print(f"--{flag} on the command line wins over the choice file's {value}", file=sys.stderr)
+
+
+def shapes(args: argparse.Namespace, choice: dict[str, Any], trace: Trace) -> tuple[HardwareProfile, ModelSpec]:
+    """Machine and model with all changes: as flags say, else as the choice was made for, else by default.
 
     Raises:
-        SpecError: unreadable, not a JSON object, none of the keys, or a value of the wrong kind.
+        SpecError: not found, or a change that cannot be made.
     """
+    chosen = {kind: choice.get(f"{kind}_file", choice.get(kind)) for kind in ("machine", "model")}
     try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise SpecError(f"--choice {path}: {error}; it must be a JSON file with {', '.join(CHOICE_KEYS)}") from None
-    if not isinstance(content, dict):
-        raise SpecError(f"--choice {path} holds no JSON object; it must have {', '.join(CHOICE_KEYS)}")
-    found = {k: content[k] for k in CHOICE_KEYS if content.get(k) is not None}
-    if not found:
-        raise SpecError(f"--choice {path} chooses nothing; it must have one or more of {', '.join(CHOICE_KEYS)}")
-    for key, value in found.items():
-        kind = str if key == "policy" else int
-        if type(value) is not kind:
-            needed = "a string" if kind is str else "an integer"
-            raise SpecError(f"--choice {path}: {key} is {value!r}; it must be {needed}")
-    return found
-
-
-def apply_choice(args: argparse.Namespace) -> None:
-    """Fill flags that were not given from ``--choice``; an explicit flag wins and is reported."""
-    for key, value in (read_choice(args.choice) if args.choice else {}).items():
-        if key == "policy" and not args.policy:
-            args.policy = [value]
-        elif key in ("chunk_bytes", "context") or (key in ("bits", "slots") and getattr(args, key) is None):
-            setattr(args, key, value)
+        machine = machines.load_machine(args.machine or chosen["machine"] or DEFAULT_MACHINE)
+        if args.model is None and args.trace and chosen["model"] in (None, trace.model.name):
+            model = with_dense_part(trace.model)
         else:
-            print(f"--{key} on the command line wins over the choice file's {value}", file=sys.stderr)
+            model = machines.load_model(args.model or chosen["model"] or DEFAULT_MODEL)
+        then, _ = machines.override(machine, model, choice["set"])
+    except SpecError as error:
+        named = args.machine or args.model or not args.choice
+        raise SpecError(str(error) if named else f"--choice {args.choice}: {error}") from None
+    made_with = choice.get("machine_sha256")
+    if args.machine is None and made_with and made_with != sha256(machine_text(then).encode()).hexdigest():
+        print(f"machine {machine.name} has changed since {args.choice} was made: choose again", file=sys.stderr)
+    return machines.override(machine, model, args.set)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
@@ -132,7 +168,7 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
     Raises:
         SpecError, TraceError: any input that cannot be used.
     """
-    apply_choice(args)
+    choice = apply_choice(args)
     for flag, path in (("--load-log", args.load_log), ("--timeline", args.timeline)):
         check_target(flag, path)
     trace = traces.load(args.trace or shipped())
@@ -140,24 +176,47 @@ def prepare(args: argparse.Namespace) -> tuple[Setting, list[Options]]:
         if args.tokens < 1:
             raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
         trace = trace.head(args.tokens)
-    named = machines.load_model(args.model or DEFAULT_MODEL) if args.model or not args.trace else trace.model
-    machine, named = machines.override(machines.load_machine(args.machine), named, args.set)
-    model = fit(named, trace)
+    if args.context is not None and args.context < 0:
+        raise SpecError(f"--context is {args.context}; it must be at least 0")
+    machine, named = shapes(args, choice, trace)
+    try:
+        model = fit(named, trace)
+    except SpecError as error:
+        raise SpecError(f"{error} (python -m traces.synthesize makes one)") from None
     try:
         model.expert_bytes(args.bits or 4)
     except ValueError as error:
         raise SpecError(str(error)) from None
-    extra = {"chunk_bytes": args.chunk_bytes} if getattr(args, "chunk_bytes", None) is not None else {}
+    extra = {"chunk_bytes": args.chunk_bytes} if args.chunk_bytes is not None else {}
     policies = expand(args.policy)
     if len(policies) > 1 and (args.timeline or args.load_log):
         raise SpecError("--timeline and --load-log describe one run; give exactly one --policy with them")
     alone = len(policies) == 1 and not args.no_baselines
     runs = comparable([*policies, *(BASELINES if alone else ())], args.cache, args.predictor, **extra)
     slots = args.slots if args.slots is not None else model.num_experts // 2
-    context = getattr(args, "context", None)
-    setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, context)
+    setting = Setting(trace, machine, model, args.bits or 4, slots, runs[0], args.cold_sequences, args.context)
     check_reach(machine, model, trace)
+    if args.vram is not None:
+        setting = replace(setting, slots=fitting_slots(args, setting, runs))
     return setting, runs
+
+
+def fitting_slots(args: argparse.Namespace, setting: Setting, runs: list[Options]) -> int:
+    """The most slots with which the whole model fits ``--vram`` under every policy; ``--slots`` if that fits.
+
+    Raises:
+        SpecError: nothing fits, or not so many slots; what does is said.
+    """
+    limit = size_bytes(args.vram)
+    most = setting.model.num_experts
+    for one in (replace(setting, options=run) for run in runs):
+        try:
+            most = min(most, most_slots(one, limit))
+        except FitError as error:
+            raise SpecError(f"{error}: {remedy(one, limit)}") from None
+    if args.slots is not None and args.slots > most:
+        raise SpecError(f"--slots {args.slots} do not fit --vram {args.vram} with that context; {most} do")
+    return most if args.slots is None else int(args.slots)
 
 
 def expand(policies: list[str] | None) -> list[str]:
@@ -210,7 +269,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting, runs = prepare(args)
     for chosen in runs:
         note_short_guesses(setting, chosen)
-    print_setting(setting, args.set)
+    print_setting(setting, args)
     experiment = Experiment(driver=args.driver)
     results = []
     for number, chosen in enumerate(runs):
@@ -222,10 +281,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             results.append(experiment.run(one, log, timeline))
             if timeline:
                 timeline.close()
-        results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args)}
+        results[-1] |= {"seed": args.seed, "set": args.set, "trace": trace_name(args), "context": setting.context}
         results[-1]["scaled"] = scaled(one, results[-1])
     single = len(expand(args.policy)) == 1
     print_table(setting, results, single)
+    print_memory(setting, args.vram)
     if args.sensitivity:
         changed = list(sensitivity.rows(Setting(**{**vars(setting), "options": runs[0]}), experiment))
         results[0]["sensitivity"] = [row._asdict() for row in changed]
@@ -267,107 +327,6 @@ def scaled(setting: Setting, result: dict[str, Any]) -> dict[str, Any] | None:
         "host_bytes": host_bytes,
         "evidence": "ESTIMATED",
     }
-
-
-def shape_text(model: ModelSpec) -> str:
-    depth = f"{model.num_layers} of {model.full_layers} layers" if model.full_layers else f"{model.num_layers} layers"
-    return f"{model.name}, {depth}"
-
-
-def print_setting(setting: Setting, changes: list[str]) -> None:
-    """What is replayed on what, and how far each part can be trusted; ``changes`` of ``--set``."""
-    trace, model, machine = setting.trace, setting.model, setting.machine
-    made = trace.provenance.get("model") or trace.model.name
-    print(
-        f"routing  {trace.routing}: {trace.num_decode_tokens:,} decode tokens in {len(trace.sequence_lengths)} "
-        f"sequences of {made}, {trace.model.num_layers} layers x {model.num_experts} experts, top-{model.top_k}"
-    )
-    size = model.expert_bytes(setting.bits) / 1e6
-    print(f"model    {shape_text(model)}, {setting.bits}-bit experts of {size:.3g} MB")
-    link = machine.link
-    copy_ms = (model.expert_bytes(setting.bits) / link.h2d_gb_s / 1e9 + link.h2d_fixed_s) * 1e3
-    print(
-        f"machine  {machine.name} ({machine.evidence}): {machine.vram_gb:g} GB, link {link.h2d_gb_s:g} GB/s to the "
-        f"device, {copy_ms:.3g} ms for one expert"
-    )
-    if changes:
-        print(f"set      {', '.join(changes)}")
-
-
-def size_text(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
-def print_memory(setting: Setting) -> None:
-    """Whether the whole model fits the machine; where it does not, the most slots that do."""
-    whole, machine = at_full_depth(setting), setting.machine
-    vram_bytes, host_bytes = memory(whole)
-    print(
-        f"memory for all {whole.model.num_layers} layers (ESTIMATED): {size_text(vram_bytes)} of {machine.vram_gb:g} "
-        f"GB on the device (KV cache of {context_tokens(whole)} tokens), {size_text(host_bytes)} of "
-        f"{machine.host_gb:g} GB on the host"
-    )
-    if vram_bytes > machine.vram_gb * 1e9:
-        smaller = (s for s in range(whole.slots - 1, whole.model.top_k - 1, -1))
-        most = next((s for s in smaller if memory(replace(whole, slots=s))[0] <= machine.vram_gb * 1e9), None)
-        advice = "no slot count does at this width" if most is None else f"--slots {most} does"
-        print(f"does not fit the device: {advice}")
-    if host_bytes > machine.host_gb * 1e9:
-        print("does not fit the host: take fewer --bits")
-
-
-def print_table(setting: Setting, results: list[dict[str, Any]], compared: bool) -> None:
-    """One line per run, best first, then bounds and references of the best; or, if ``compared``, of the first, and
-    how it stands against the others."""
-    print()
-    name = max(24, *(len(r["policy"]) for r in results))
-    unit, unit_bytes = ("GB", 1e9) if results[0]["vram_bytes"] >= 1e9 else ("MB", 1e6)
-    model = setting.model
-    if model.full_layers:
-        print(f"the first {model.num_layers} of {model.full_layers} layers; tokens/s of all of them stands last")
-    whole = f"all {model.full_layers}" if model.full_layers else ""
-    head = (
-        f"{'policy':{name}} {'tokens/s':>9} {'TPOT ms':>8} {'stall ms':>9} {'= miss+late':>15} {'hit %':>6} "
-        f"{'miss %':>6} {'late %':>6} {unit + '/token':>9} {'link busy':>9} {'VRAM ' + unit:>8}  {'regime':7} {whole}"
-    )
-    print(head.rstrip())
-    for r in sorted(results, key=lambda r: r["tpot_s"] or 0):
-        share = 100 / max(1, r["accesses"])
-        line = (
-            f"{r['policy']:{name}} {r['tokens_per_s'] or 0:9.2f} {(r['tpot_s'] or 0) * 1e3:8.2f} "
-            f"{r['stall_s'] * 1e3:9.2f} {r['stall_miss_s'] * 1e3:7.2f}+{r['stall_late_s'] * 1e3:<7.2f} "
-            f"{r['hits'] * share:6.1f} {r['misses'] * share:6.1f} {r['late'] * share:6.1f} "
-            f"{r['h2d_bytes'] / max(1, r['decode_tokens']) / unit_bytes:9.3f} {r['link_busy'] * 100:8.0f}% "
-            f"{r['vram_bytes'] / unit_bytes:8.2f}  {r['regime']:7}"
-        )
-        print((line + (f" {r['scaled']['tokens_per_s']:6.2f}" if r["scaled"] else "")).rstrip())
-    named = [name for r in results if (name := r["policy"].partition(":")[0]) in PRESETS]
-    for name in named if len(named) <= MOST_SOURCES else []:
-        print(f"{name}: {PRESETS[name].source}")
-    if len(named) > MOST_SOURCES:
-        print("what each preset stands for, and what it lacks of the system it is named after: --help")
-    evidence = results[0]["evidence"]
-    print(f"all figures per decode token, {evidence} (simulated on the profile above, with the hits of its routing)\n")
-    first = results[0] if compared else min(results, key=lambda r: r["tpot_s"] or 0)
-    bounds = first["bounds"]
-    labels = {
-        "all_resident_s": "all resident (compute only)",
-        "link_floor_s": "link floor (fewest loads any schedule with these slots needs)",
-        "joint_floor_s": "joint floor: no schedule is faster",
-        "demand_only_s": "reference: on demand, LRU, same slots",
-        "perfect_lookahead_s": "reference: perfect guesses at the same distance, LRU",
-        "perfect_lookahead_belady_s": "reference: the same with Belady eviction",
-        "zero_overhead_s": f"reference: {first['policy']} with no time for planning, waking and synchronising",
-    }
-    print(f"TPOT in ms beside {first['policy']} at {(first['tpot_s'] or 0) * 1e3:.2f}:")
-    for key in BOUNDS:
-        print(f"  {bounds[key] * 1e3:8.2f}  {labels[key]}")
-    for other in results[1:] if compared else []:
-        if other["tpot_s"] and first["tpot_s"]:
-            gain = (other["tpot_s"] / first["tpot_s"] - 1) * 100
-            print(f"{first['policy']} against {other['policy']}: {gain:+.1f} % tokens/s ({evidence})")
-    print_memory(setting)
-    print()
 
 
 def main() -> int:

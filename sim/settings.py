@@ -15,17 +15,18 @@ import traces
 from sim import machine as machines
 from sim import registry
 from sim.axes import Axis
-from sim.experiment import Setting, at_full_depth, fit, memory
+from sim.experiment import Setting, at_full_depth, context_tokens, fit, memory
 from sim.machine import HardwareProfile
 from sim.planner import check_slots
 from sim.presets import PRESETS
 from sim.results import trace_sha256
-from sim.run import DEFAULT_MODEL
 from sim.spec import RUN_KEYS, Options, SpecError, convert, options, parse, plugin
 from sim.timing import Timing, check_reach
 from traces import ModelSpec, Trace
 from traces.format import shipped
 
+DEFAULT_MACHINE = "rtx3090"
+DEFAULT_MODEL = "mixtral-8x7b"
 WIDTHS = (16, 8, 4, 3, 2)
 GB = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
@@ -281,11 +282,25 @@ def shapes(machine: str, model: str | None, trace: str, sha256: str, changes: tu
     """Machine and model after all changes, as JSON texts."""
     routed = trace_of(trace, sha256, None)
     named = model or (DEFAULT_MODEL if trace == str(shipped()) else "")
-    shape = machines.load_model(named) if named else routed.model
+    shape = machines.load_model(named) if named else with_dense_part(routed.model)
     found, shape = machines.override(machines.load_machine(machine), shape, list(changes))
     shape = fit(shape, routed)
     check_reach(found, shape, routed)
-    return json.dumps(found.essence(), sort_keys=True), json.dumps(shape.to_json(), sort_keys=True)
+    return machine_text(found), json.dumps(shape.to_json(), sort_keys=True)
+
+
+def with_dense_part(model: ModelSpec) -> ModelSpec:
+    """A trace's model; where that states no dense part (a preset's, a converted one), the shipped shape of its name."""
+    if model.dense_bytes or model.name not in machines.names(machines.MODELS):
+        return model
+    known = machines.load_model(model.name)
+    same = ("num_layers", "num_experts", "top_k", "hidden_size", "expert_size")
+    return known if all(getattr(known, name) == getattr(model, name) for name in same) else model
+
+
+def machine_text(machine: HardwareProfile) -> str:
+    """A machine as JSON text: what its results are known by."""
+    return json.dumps(machine.essence(), sort_keys=True)
 
 
 def _check(setting: Setting, vram_bytes: int | None) -> None:
@@ -331,8 +346,38 @@ def most_slots(setting: Setting, vram_bytes: int) -> int:
     check_width(setting)
     found = last(least, most, fits)
     if found is None:
-        raise FitError(f"not even {least} slots a layer fit {vram_bytes / 1e9:g} GB at {setting.bits} bits")
+        raise FitError(
+            f"not even {least} slots a layer fit {vram_bytes / 1e9:g} GB at {setting.bits} bits with "
+            f"{context_tokens(whole):,} tokens of context"
+        )
     return found
+
+
+def remedy(setting: Setting, vram_bytes: int) -> str:
+    """What fits where `most_slots` finds nothing: fewer bits or a shorter context; else what the least takes."""
+    model, context = setting.model, context_tokens(setting)
+    whole = at_full_depth(dataclasses.replace(setting, slots=model.top_k))
+
+    def device(bits: int, tokens: int) -> int:
+        return memory(dataclasses.replace(whole, bits=bits, context=tokens))[0]
+
+    widths = [bits for bits in WIDTHS if bits < setting.bits and _possible(setting, bits)]
+    fewer = [bits for bits in widths if device(bits, context) <= vram_bytes]
+    shorter = last(0, context, lambda tokens: device(setting.bits, tokens) <= vram_bytes)
+    found = [f"--bits {bits}" for bits in fewer[:1]] + [f"--context {tokens}" for tokens in [shorter] if tokens]
+    if found:
+        return " or ".join(found) + " does"
+    bits = min([setting.bits, *widths])
+    return f"no other width or context does: {bits} bits without any context take {device(bits, 0) / 1e9:.3g} GB"
+
+
+def _possible(setting: Setting, bits: int) -> bool:
+    try:
+        setting.model.expert_bytes(bits)
+        Timing(setting.machine, setting.model, bits, setting.options)
+    except ValueError:
+        return False
+    return True
 
 
 def last(low: int, high: int, fits: Callable[[int], bool]) -> int | None:

@@ -26,7 +26,7 @@ from sim.axes import FIELDS, Axis, axis
 from sim.results import Store
 from sim.run import check_target
 from sim.search import search
-from sim.settings import Case, FitError, Space, size_bytes
+from sim.settings import DEFAULT_MACHINE, Case, FitError, Space, size_bytes
 from sim.spec import SpecError
 from traces import TraceError
 from traces.cli import Parser
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "themselves) or a..b. Policies, caches, machines: python -m sim.run --help",
     )
     p.add_argument("--trace", metavar="FILE", help="routing trace (default: the shipped recorded one)")
-    p.add_argument("--machine", metavar="NAME|FILE", help="default rtx3090")
+    p.add_argument("--machine", metavar="NAME|FILE", help=f"default {DEFAULT_MACHINE}")
     p.add_argument("--model", metavar="NAME|FILE", help="as for sim.run")
     p.add_argument("--bits", type=int, metavar="N", help="width of the routed experts (default 4; with --vram: all)")
     p.add_argument(
@@ -107,7 +107,7 @@ def space_of(args: argparse.Namespace) -> Space:
     elif all(varied.key != "policy" for varied in axes):
         base["policy"] = policies[0] if policies else "speculative"
     if all(varied.key != "machine" for varied in axes):
-        base.setdefault("machine", "rtx3090")
+        base.setdefault("machine", DEFAULT_MACHINE)
     vram = None if args.vram is None else size_bytes(args.vram)
     return Space(base, tuple(axes), tuple(args.set), vram, args.references, args.driver)
 
@@ -381,7 +381,8 @@ def _report(args: argparse.Namespace, records: list[Record]) -> list[Record]:
     if len(comparable) > REPORTED:
         print(f"\n{len(comparable) - REPORTED} more machines, models or traces: their choices stand in the last line")
     if args.choice_out and found:
-        choices.write(args.choice_out, found[0])
+        named = {"machine": args.machine, "model": args.model}
+        choices.write(args.choice_out, found[0] | choices.files(named))
         print(f"wrote {args.choice_out}")
     return found
 

@@ -226,19 +226,26 @@ class Timing:
 
 
 def check_reach(machine: HardwareProfile, model: ModelSpec, trace: Trace) -> None:
-    """Refuse a trace that goes far beyond what the machine was measured at.
+    """Refuse a trace that goes far beyond what the machine was measured at; see `check_within_reach`."""
+    passes = list(trace.passes())
+    check_within_reach(
+        machine,
+        model,
+        max((p.tokens for p in passes), default=0),
+        max((p.tokens + p.context for p in passes), default=0),
+    )
+
+
+def check_within_reach(machine: HardwareProfile, model: ModelSpec, tokens: int, context: int) -> None:
+    """Refuse passes of so many ``tokens``, or with so much ``context``, when the machine was measured at far less.
 
     Raises:
-        SpecError: more tokens in a pass, or more context, than `FARTHEST` times the most that was measured.
+        SpecError: more than `FARTHEST` times the most that was measured.
     """
     laws = machine.operators.get(model.name)
     if laws is None or not laws.reach:
         return
-    passes = list(trace.passes())
-    asked = {
-        "tokens": max((p.tokens for p in passes), default=0),
-        "context": max((p.tokens + p.context for p in passes), default=0),
-    }
+    asked = {"tokens": tokens, "context": context}
     beyond = {name: most for name, most in laws.reach.items() if asked[name] > FARTHEST * most}
     if not beyond:
         return
@@ -248,7 +255,7 @@ def check_reach(machine: HardwareProfile, model: ModelSpec, trace: Trace) -> Non
     path = f"machine.operators.{model.name}.reach"
     flags = " ".join(f"--set {shlex.quote(f'{path}.{name}={asked[name]}')}" for name in beyond)
     raise SpecError(
-        f"profile {machine.name!r} was measured with up to {measured}, the trace has {found}, more than {FARTHEST:g} "
+        f"profile {machine.name!r} was measured with up to {measured}; {found} are asked for, more than {FARTHEST:g} "
         f"times as many; calibrate with --context {asked['context']}, or extrapolate with {flags}"
     )
 

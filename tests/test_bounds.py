@@ -122,7 +122,7 @@ def test_a_host_shares_the_work_no_better_than_its_floor_says(works: list, exper
     def host_ns(tokens: int) -> int:
         return host[0] + host[1] * tokens
 
-    timing = SimpleNamespace(expert_ns=device_ns, host_expert_ns=host_ns)
+    timing = SimpleNamespace(undisturbed_expert_ns=device_ns, host_expert_ns=host_ns)
     passes = [SimpleNamespace(tokens=3, following=1)]
     trace = SimpleNamespace(passes=lambda: passes)
     tokens = [n for n, _ in works]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 from conftest import random_trace
 
 from sim import choice, noise
-from sim.machine import HardwareProfile, machine_from
-from sim.run import read_choice
+from sim.choice import made_for_another, read_choice
+from sim.experiment import Setting
+from sim.machine import HardwareProfile, load_machine, load_model, machine_from, override
+from sim.run import parser, prepare
+from sim.settings import machine_text
 from sim.spec import SpecError
 
 
@@ -95,7 +100,78 @@ def test_the_choice_is_accepted_by_the_commands(tmp_path: Path) -> None:
     choice.write(str(tmp_path / "c.json"), choice.document(choice.choose(records, wanted), wanted))
     assert read_choice(str(tmp_path / "c.json")) == {
         "policy": "p0", "bits": 4, "slots": 3, "chunk_bytes": -16, "context": 4096,
+        "machine": "m", "machine_sha256": "a", "model": "x", "set": [],
     }  # fmt: skip
+
+
+SET = "machine.link.h2d_gb_s=12.4"
+
+
+@pytest.fixture
+def chosen(tmp_path: Path) -> Path:
+    """A choice for Mixtral on a 4090 with a slower link."""
+    machine, _ = override(load_machine("rtx4090"), load_model("mixtral-8x7b"), [SET])
+    content = {"policy": "on_demand", "slots": 3, "machine": "rtx4090", "model": "mixtral-8x7b", "set": [SET]}
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps(content | {"machine_sha256": sha256(machine_text(machine).encode()).hexdigest()}))
+    return path
+
+
+def prepared(path: Path, *flags: str) -> Setting:
+    """The setting of ``sim.run --choice``."""
+    return prepare(parser().parse_args(["--choice", str(path), "--tokens", "3", *flags]))[0]
+
+
+def test_a_choice_brings_its_machine_and_model(chosen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setting = prepared(chosen)
+    assert (setting.machine.name, setting.machine.link.h2d_gb_s) == ("rtx4090", 12.4)
+    assert (setting.model.name, setting.slots) == ("mixtral-8x7b", 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_flag_wins_over_the_machine_of_a_choice(chosen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another machine does not get the changes made to the choice's; a change of the same field replaces that one."""
+    assert prepared(chosen, "--machine", "rtx3090").machine.link.h2d_gb_s == load_machine("rtx3090").link.h2d_gb_s
+    assert f"--machine on the command line wins over the choice file's rtx4090, {SET}" in capsys.readouterr().err
+    assert prepared(chosen, "--set", "machine.link.h2d_gb_s=52").machine.link.h2d_gb_s == 52
+    assert f"--set on the command line wins over the choice file's {SET}" in capsys.readouterr().err
+    assert prepared(chosen, "--vram", "80GB").slots == 8
+    assert "--vram on the command line wins over the choice file's 3 slots" in capsys.readouterr().err
+
+
+def test_a_machine_that_changed_since_is_told(chosen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(chosen.read_text())
+    chosen.write_text(json.dumps(content | {"machine_sha256": "0"}))
+    assert prepared(chosen).machine.name == "rtx4090"
+    assert "rtx4090 has changed since" in capsys.readouterr().err
+    del content["machine_sha256"]
+    chosen.write_text(json.dumps(content))  # of an earlier version
+    assert prepared(chosen).machine.name == "rtx4090" and capsys.readouterr().err == ""
+    chosen.write_text(json.dumps({"slots": 3}))
+    assert prepared(chosen).machine.name == "rtx3090"
+
+
+def test_a_machine_from_a_file_is_found_again(chosen: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(load_machine("t4").to_json()))
+    content = json.loads(chosen.read_text()) | choice.files({"machine": str(own), "model": None})
+    chosen.write_text(json.dumps(content))
+    assert prepared(chosen).machine.name == "t4"
+    own.unlink()
+    with pytest.raises(SpecError, match=r"^--choice .*own\.json' not found"):
+        prepared(chosen)
+
+
+def test_a_choice_for_another_model_is_told() -> None:
+    """Shapes are compared: a checkpoint is named after its folder."""
+    mixtral = load_model("mixtral-8x7b")
+    folder = load_model("mixtral-8x7b").at_depth(12)
+    assert made_for_another({"model": "mixtral-8x7b"}, mixtral) is None
+    assert made_for_another({}, mixtral) is None
+    values = folder.to_json() | {"name": "Mixtral-8x7B-Instruct-v0.1"}
+    assert made_for_another({"model": "mixtral-8x7b"}, type(mixtral).from_json(values)) is None
+    assert "made for mixtral-8x7b" in str(made_for_another({"model": "mixtral-8x7b"}, load_model("demo")))
+    assert "made for my-own" in str(made_for_another({"model": "my-own"}, mixtral))
 
 
 def test_blocks_cover_every_decode_pass_once() -> None:

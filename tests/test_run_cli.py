@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,56 @@ def test_memory_is_that_of_the_whole_model() -> None:
     assert "does not fit" not in fits.stdout
 
 
+def test_vram_decides_the_slots() -> None:
+    """The most that fit, the same for every policy however many landing slots it has; --slots is checked."""
+    flags = ("--trace", str(shipped()), "--model", "mixtral-8x7b", "--tokens", "5", "--machine", "rtx3060-12gb")
+    policies = ("--policy", "on_demand", "--policy", "speculative:landing_slots=9")
+    done = run(ROOT, *flags, *policies, "--vram", "12.6GB", "--context", "4096")
+    assert "slots    2 of 8 a layer: the most that fit 12.6 GB with 4,096 tokens of context" in done.stdout
+    assert "of 12.6 GB (--vram; rtx3060-12gb has 12)" in done.stdout
+    for found in document(done)["runs"]:
+        assert (found["slots"], found["context"]) == (2, 4096)
+        assert found["scaled"]["vram_bytes"] <= 12.6e9
+        more = 32 * found["expert_bytes"]  # a slot in every layer
+        assert found["scaled"]["vram_bytes"] + more > 12.6e9
+    few = run(ROOT, *flags, "--vram", "12GB", "--slots", "3", code=2)
+    assert few.stderr == "sim.run: --slots 3 do not fit --vram 12GB with that context; 2 do\n"
+    everything = run(ROOT, *flags, "--vram", "80GB", "--no-baselines")
+    assert "slots    8 of 8 a layer: all fit 80 GB" in everything.stdout
+
+
+def test_where_nothing_fits_what_would_is_said_and_true() -> None:
+    from sim.run import parser, prepare
+
+    def slots(*flags: str) -> int:
+        return prepare(parser().parse_args(["--tokens", "3", "--vram", "10GB", *flags]))[0].slots
+
+    wide = ("--context", "8192")
+    with pytest.raises(ValueError, match="not even 2 slots") as error:
+        slots(*wide)
+    found = re.search(r"8,192 tokens of context: --bits (\d+) or --context (\d+) does$", str(error.value))
+    assert found is not None
+    assert slots(*wide, "--bits", found[1]) >= 2
+    assert slots("--context", found[2]) == 2
+    with pytest.raises(ValueError, match="not even 2 slots"):
+        slots("--context", str(int(found[2]) + 1))
+    with pytest.raises(ValueError, match=r"no other width or context does: 2 bits without any context take \S+ GB$"):
+        slots("--vram", "3GB")
+
+
+def test_a_made_up_trace_has_the_memory_of_the_shipped_shape() -> None:
+    """Presets of traces.synthesize state no dense part; without it too many slots would seem to fit."""
+    from sim.machine import load_model
+    from sim.settings import with_dense_part
+    from traces.presets import PRESETS
+
+    for name, preset in PRESETS.items():
+        assert with_dense_part(preset.model) == load_model(name)
+    deeper = replace(PRESETS["qwen3-30b-a3b"].model, num_layers=50)
+    for other in (random_trace(1).model, deeper, load_model("mixtral-8x7b").at_depth(12)):
+        assert with_dense_part(other) is other
+
+
 def test_what_was_set_and_what_no_guess_covers_is_said(files: Path) -> None:
     assert "set      machine.link.h2d_gb_s=10" in run(files, "--set", "machine.link.h2d_gb_s=10").stdout
     trace = random_trace(2, sequences=2, length=8, prefill=2)
@@ -235,6 +287,9 @@ MISTAKES = {
     "set of a width": (("--set", "model.hidden_size=100"), "group size 64 does not divide"),
     "no bandwidth": (("--machine", "rtx3090", "--set", "machine.memory_efficiency=0"), "above 0"),
     "choice": (("--choice", "nowhere.json"), "nowhere.json"),
+    "no size": (("--vram", "12 apples"), "write a size such as 24GB"),
+    "no context": (("--context", "-1"), "--context is -1"),
+    "too little memory": (("--vram", "0.0001MB"), "not even 2 slots"),
     "a number that is none": (("--policy", "speculative:min_score=nan"), "a finite number"),
     "set of the name": (("--set", "machine.name=3"), "must be a string"),
     "file is a folder": (("--timeline", "tests"), "is a folder"),
@@ -255,7 +310,12 @@ def test_a_mistake_is_one_line_and_leaves_no_file(files: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", "{}", '{"policy": 7}', '{"slots": "many"}', '{"chunk_bytes": "big"}', '{"bits": 5}']
+    "content",
+    [
+        *("[]", "{", "{}", '{"policy": 7}', '{"slots": "many"}', '{"chunk_bytes": "big"}', '{"bits": 5}'),
+        *('{"machine": "rtx3090"}', '{"slots": 3, "machine": 7}', '{"slots": 3, "set": "machine.vram_gb=1"}'),
+        '{"slots": 3, "set": ["machine.colour=1"]}',
+    ],
 )
 def test_a_bad_choice_file_is_one_line(files: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "choice.json").write_text(content)

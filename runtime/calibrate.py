@@ -91,7 +91,7 @@ def profile_of(work: Runs, others: OtherWork, name: str) -> Result:
         "tflops": measured + "; a matrix product",
         "wake_s": measured + "; from the end of a load until the waiting engine knows of it, less what the host "
         "still plans after the copier has a plan, means",
-        "serial_s": measured + "; from the end of a copy that is waited for until that is known, mean",
+        "serial_s": measured + "; by which serial copies in one direction take longer than the link, mean",
         "host_s": measured + "; planning and bookkeeping of one visit, on_demand",
         "operators": f"{measured}; engine runs of {work.tokens} tokens in {work.rounds} rounds, of these what nothing "
         "outside disturbed; means, least squares",
@@ -198,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
         "--policy",
         action="append",
         metavar="SPEC",
-        help=f"whose host time is measured too, repeatable (always: {', '.join(POLICIES)})",
+        help=f"whose planning is measured too, repeatable (always: {', '.join(POLICIES)})",
     )
     p.add_argument(
         "--link-gb-s", type=float, default=DEFAULT_LINK_GB_S, metavar="X", help="pace of the link (default %(default)s)"

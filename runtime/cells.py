@@ -18,14 +18,14 @@ from runtime import models, prompts, provenance
 from runtime.calibration.runs import TEMPERATURE, Runs
 from runtime.calibration.steadiness import Control, uncollected, undisturbed, usual
 from runtime.devices import open_device
-from runtime.engine import Engine, paced
+from runtime.engine import Engine
 from runtime.lookahead import rung_of
 from runtime.observe import EngineTimeline
 from runtime.store import HostStore
 from runtime.verdict import average, first_divergence, over_passes, replayed, steady
 from sim.experiment import Setting, summary
 from sim.ledger import LoadLog
-from sim.machine import HardwareProfile
+from sim.machine import HardwareProfile, paced
 from sim.spec import Options
 from sim.timeline import Timeline
 from traces import Trace

@@ -5,7 +5,6 @@ What happens in a visit stands in `runtime.executor`; here tokens are chosen and
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,11 +122,3 @@ def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     if temperature == 0:
         return int(logits.argmax())
     return int(torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
-
-
-def paced(machine: HardwareProfile, gb_s: float | None) -> HardwareProfile:
-    """The machine with its link paced to ``gb_s`` in both directions; unchanged for None."""
-    if gb_s is None:
-        return machine
-    link = dataclasses.replace(machine.link, h2d_gb_s=gb_s, d2h_gb_s=gb_s, h2d_duplex_gb_s=gb_s)
-    return dataclasses.replace(machine, link=link)

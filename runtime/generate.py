@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     provenance.check_folder("--store", args.store)
     if args.tokens < 1:
         raise SpecError(f"--tokens is {args.tokens}; it must be at least 1")
-    if "model" in choice and (other := made_for_another(choice, models.spec_of(args.model))):
+    if other := made_for_another(choice, models.spec_of(args.model)):
         print(other, file=sys.stderr)
     start = time.monotonic()
     model = offload(

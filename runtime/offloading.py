@@ -23,7 +23,6 @@ from runtime.budget import Budget, budget, without_experts
 from runtime.calibration.host import host_figures
 from runtime.copier import CopierError
 from runtime.devices import open_device
-from runtime.engine import paced
 from runtime.executor import Executor, check_options, gates_of
 from runtime.graphs import CudaGraphs, Graphs
 from runtime.host_experts import computes_on_host
@@ -31,7 +30,7 @@ from runtime.lookahead import GATES_FILE
 from runtime.store import HostStore, layouts_of, widths_of
 from sim.bounds import fewest_loads, link_floor_ns
 from sim.experiment import phase_keys
-from sim.machine import HardwareProfile, load_machine
+from sim.machine import HardwareProfile, load_machine, paced
 from sim.planner import check_slots, group_sizes
 from sim.settings import size_bytes
 from sim.spec import SpecError, options

@@ -147,6 +147,7 @@ class PlanRunner:
         as compute or as a stall.
         """
         visit = plan.visit
+        self._waited_ns = 0
         slot_of = dict(zip(visit.experts, plan.slots, strict=True))
         out = torch.empty(*ids.shape, hidden.shape[-1], dtype=torch.float32, device=hidden.device)
         phase = self.ledger.phases[self._phase]
@@ -185,7 +186,7 @@ class PlanRunner:
                     self._arrived(arrival)
                     expert = self._next_arrived(waiting)
                 at = time.monotonic_ns()
-                if self.spans is not None:
+                if self.spans is not None and arrival.end_ns >= start:
                     self.spans.notice_ns.append(at - arrival.end_ns)
                 self._waited_ns += at - start
                 if loads[expert].kind == PREFETCH:

@@ -4,7 +4,8 @@
 
 For every cell (policy x slots x bits x link pace) the engine generates with each policy in turn, several times; the
 simulator then replays the routing and the guesses of that very run with this machine's profile. The two load logs
-must be equal line by line. Exit code 1 when a gate fails (load logs, TPOT error, order of policies, choice).
+must be equal line by line. Exit code 1 when a gate fails (quiet machine, load logs, TPOT error, order of policies,
+choice).
 """
 
 from __future__ import annotations
@@ -22,22 +23,21 @@ from transformers.utils import logging as transformers_logging
 
 from runtime import calibrate, models, prompts, provenance
 from runtime.calibration.idle import OtherWork, check_idle
-from runtime.calibration.runs import CONTEXT, DEFAULT_LINK_GB_S, TOKENS, Runs
+from runtime.calibration.runs import CONTEXT, DEFAULT_LINK_GB_S, POLICIES, TOKENS, Runs
 from runtime.calibration.steadiness import Control
 from runtime.cells import Cell, Validation, save_traces
 from runtime.copier import CopierError
 from runtime.devices import names
 from runtime.executor import check_options
 from runtime.verdict import judge, locked, recheck
+from sim.choice import made_for_another, read_choice
 from sim.machine import HardwareProfile, load_machine
 from sim.planner import check_slots
-from sim.run import read_choice, written
+from sim.run import written
 from sim.spec import SpecError, comparable
 from sim.timeline import merge
 from sim.timing import check_within_reach
 from traces.cli import Parser
-
-DEFAULT_POLICIES = ("on_demand", "speculative")
 
 
 def print_table(cells: list[dict[str, Any]], verdict: dict[str, Any], profile: HardwareProfile, repeats: int) -> None:
@@ -101,15 +101,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--slots", type=int, action="append", metavar="N", help="per layer, repeatable (default: half of the experts)"
     )
-    p.add_argument(
-        "--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(DEFAULT_POLICIES)})"
-    )
+    p.add_argument("--policy", action="append", metavar="SPEC", help=f"repeatable (default {', '.join(POLICIES)})")
     p.add_argument(
         "--link-gb-s",
         type=float,
         action="append",
         metavar="X",
-        help="pace of the link, repeatable (default 0.05; on cuda its own speed)",
+        help=f"pace of the link, repeatable (default {DEFAULT_LINK_GB_S:g}; on cuda its own speed)",
     )
     p.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines (default: built in)")
     p.add_argument(
@@ -144,8 +142,10 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         elif key in choice:
             print(f"--{key} on the command line wins over the choice file's {choice[key]}", file=sys.stderr)
     spec = models.spec_of(args.model)
+    if other := made_for_another(choice, spec):
+        print(other, file=sys.stderr)
     extra = {"chunk_bytes": choice["chunk_bytes"]} if "chunk_bytes" in choice else {}
-    runs = comparable(list(args.policy or DEFAULT_POLICIES), **extra)
+    runs = comparable(list(args.policy or POLICIES), **extra)
     for run in runs:
         check_options(run)
     for slots in args.slots or []:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import traces
-from runtime.engine import paced
 from runtime.lookahead import rung_of
 from sim.experiment import Experiment, Setting, replay, summary
-from sim.machine import HardwareProfile, machine_from
+from sim.machine import HardwareProfile, machine_from, paced
 from sim.spec import Options, options
 from sim.timeline import Timeline
 from traces import Trace

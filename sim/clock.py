@@ -84,7 +84,7 @@ def visit(
                 decide.lend(s, c)
         elif n[LENT]:
             decide.reclaim(s, c, rules, index)
-    n[PLANNED] = n[NOW] + dense_ns + t.sync_ns + t.host_ns + (t.gates_ns if looking else 0)
+    n[PLANNED] = n[NOW] + dense_ns + t.longer_ns + t.sync_ns + t.host_ns + (t.gates_ns if looking else 0)
     n[EFFECTS] = n[PLANNED] + t.wake_ns
     if c.clock and c.copy_stream:
         wire.advance(w, t, n[EFFECTS])

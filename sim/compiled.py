@@ -666,8 +666,7 @@ def run(
     other, c, most = planner, planner.c, len(planner.s.prefetch_x)
     if c.guard:
         plain = options.without_prefetching()
-        shadow_timing = Timing(timing.machine, timing.model, timing.bits, plain)
-        other = parts_of(model, plain, slots, shadow_timing, fitted, a.most_tokens, 1)
+        other = parts_of(model, plain, slots, timing, fitted, a.most_tokens, 1)
     fixed = fixed_of(planner, other, len(a.rows) * model.num_layers)
     module = driver(source(options, fixed))
     entry = guarded(module.entry, options)

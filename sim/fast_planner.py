@@ -49,9 +49,9 @@ class FastPlanner(Planner):
         self._own: tuple[Any, ...] = (*own, np.array(self._c, np.int64), compiled.pack_times(self._times.times))
         self._other = self._own
         if self._shadow is not None:
-            s, w, c, times, _ = self._shadow
+            s, w, c, _ = self._shadow
             packed = (compiled.pack(s, compiled.STATE), compiled.pack(w, compiled.WIRE))
-            self._other = (*packed, np.array(c, np.int64), compiled.pack_times(times.times))
+            self._other = (*packed, np.array(c, np.int64), self._own[3])
         self._parameters = compiled.Rules(options.cache.params, options.policy.params, options.miss_rule.params)
         self._step = compiled.guarded(module.step, options)
         self._views = {name: self._view(name) for name in compiled.STATE.places}
@@ -86,11 +86,7 @@ class FastPlanner(Planner):
         """Times of visits with more tokens to an expert."""
         self._times.make_room(tokens)
         self._own = (*self._own[:3], compiled.pack_times(self._times.times))
-        if self._shadow is None:
-            self._other = self._own
-        else:
-            self._shadow[3].make_room(tokens)
-            self._other = (*self._other[:3], compiled.pack_times(self._shadow[3].times))
+        self._other = (*self._other[:3], self._own[3])
         self._room = len(self._times.times.expert_ns)
 
     def _read(self, base: int, routed: int) -> None:

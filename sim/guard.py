@@ -6,8 +6,8 @@ begins when guesses have proved worth issuing, and when what it may cost fits th
 of the time so far. What it costs to begin and to end is known: the lent slots' experts must be loaded again. A trial
 ends when it has lost that and a share of one token's time (the credit) against the shadow, or once it has paid back,
 the credit alone. Each failure makes the next rest four times as long, each gain shorter again. Looking at guesses
-while resting is paid from the same budget. What the policy plans longer than on_demand on every visit, resting or not,
-is left out of the comparison.
+while resting is paid from the same budget. The shadow's times are the run's own: what the policy plans longer than
+on_demand on every visit, resting or not, is left out of the comparison.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def begin_run(s: State, c: Config) -> None:
     n[REST] = n[REST_LENGTH] = LEARN
 
 
-def end_pass(s: State, c: Config, decode: bool, shadow_now: int, load_ns: int, host_ns: int) -> None:
+def end_pass(s: State, c: Config, decode: bool, shadow_now: int, load_ns: int) -> None:
     """After the last layer of a pass: whether the next one looks at guesses, and whether it prefetches.
 
-    ``load_ns``: one load; ``host_ns``: what this policy plans longer than on_demand in a pass, whether it rests or not.
+    ``load_ns``: one load.
     """
     n = s.n
-    own_ns = n[NOW] - n[PASS_START] - host_ns
+    own_ns = n[NOW] - n[PASS_START]
     shadow_ns = shadow_now - n[SHADOW_START]
     n[PASS_START] = n[NOW]
     n[SHADOW_START] = shadow_now

@@ -141,14 +141,14 @@ def run(
             opens = pass_opens[p] > 0 and layer == 0
             clock.visit(s, w, c, t, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
             count(s, c, t, counts, k, routed, used)
-            counts[k + COMPUTE] += dense_ns[p] + t.shared_ns + (t.gates_ns if looks else 0)
+            counts[k + COMPUTE] += dense_ns[p] + t.longer_ns + t.shared_ns + (t.gates_ns if looks else 0)
             counts[k + LATENCY] += t.sync_ns + t.host_ns
             if logs:
                 lines = write_log(s, c, log, lines, index, layer, routed)
             if c.guard:
                 clock.visit(o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns[p], head)
         if c.guard:
-            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, layers * (t.host_ns - ot.host_ns))
+            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns)
         elapsed = s.n[NOW] - start
         lengths[p] = elapsed
         counts[k + HOST_COMPUTING] += w.i[HOST_BUSY] - on_host
@@ -197,7 +197,7 @@ def step(
     if c.guard:
         clock.visit(o, ow, oc, ot, rules, index, layer, decode, opens, cold, routed, used, dense_ns, head_ns)
         if layer == c.layers - 1:
-            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns, c.layers * (t.host_ns - ot.host_ns))
+            guard.end_pass(s, c, decode, o.n[NOW], t.load_ns)
 
 
 def enter(s: State, c: Config, ids: Array, row: int, tokens: int, layer: int, seen: Array) -> int:

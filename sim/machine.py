@@ -13,6 +13,7 @@ from traces import ModelSpec
 
 PROFILES = Path(__file__).parent / "profiles"
 MODELS = Path(__file__).parent / "models"
+MOST_S = 60.0  # that a step may take
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Operators:
         host_s: planning and bookkeeping of one visit by policy or SPEC; ``prefetching`` for others that look ahead,
             ``default`` for the rest.
         displaced: by the same names: a visit's dense part takes so much longer, and every expert, than with nothing to
-            plan, load or guess: that has displaced their data and code from the processor's caches.
+            plan, load or guess: that has displaced their data and code from the processor's caches. Measured in
+            decode, at the first width.
         host_expert: like ``expert``, computed on the host.
         cooling: by the same names: computing after a wait takes longer by this share of the wait, and at most by so
             many seconds: caches hold less of the model and the program then.
@@ -279,10 +281,20 @@ def _ratios(where: str, values: Any) -> tuple[float, ...]:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
         raise SpecError(f"{name} is {value!r}; it must be a number, 0 or larger")
+    if value > MOST_S and name.endswith("_s") and not name.endswith("_gb_s"):
+        raise SpecError(f"{name} is {value!r} seconds; it must be at most {MOST_S:g}")
     as_alone = value == 0 and name.endswith("h2d_host_gb_s")
     if name.endswith("_gb_s") and ".link." in name and value < 1e-9 and not as_alone:
         raise SpecError(f"{name} is {value!r}; a bandwidth must be above 0")
     return float(value)
+
+
+def paced(machine: HardwareProfile, gb_s: float | None) -> HardwareProfile:
+    """The machine with its link at ``gb_s`` in both directions, as an engine paces it; unchanged for None."""
+    if gb_s is None:
+        return machine
+    link = dataclasses.replace(machine.link, h2d_gb_s=gb_s, d2h_gb_s=gb_s, h2d_duplex_gb_s=gb_s)
+    return dataclasses.replace(machine, link=link)
 
 
 def load_model(name_or_file: str) -> ModelSpec:

@@ -250,11 +250,11 @@ class Planner:
         self._following = fitted.following
         self._accesses = 0
         guard.begin_run(self._s, self._c)
-        self._shadow: tuple[State, Wire, Config, Any, Rules] | None = None
+        self._shadow: tuple[State, Wire, Config, Rules] | None = None
         if self._c.guard:
             self._shadow = self._on_demand(slots, fitted)
 
-    def _on_demand(self, slots: int, fitted: Fitted) -> tuple[State, Wire, Config, Any, Rules]:
+    def _on_demand(self, slots: int, fitted: Fitted) -> tuple[State, Wire, Config, Rules]:
         """The guard's shadow: the same visits without prefetching, with the same total slots."""
         plain = self.options.without_prefetching()
         sizes = group_sizes(self.model, plain, slots, fitted.sizes)
@@ -262,8 +262,7 @@ class Planner:
         s = new_state(c, sizes, [0] * len(sizes), fitted.table, fitted.first_use)
         w = new_wire(sum(sizes) + plain.stream_slots, self.model.num_experts, plain.max_submitted)
         guard.begin_run(s, c)
-        timing = Timing(self.timing.machine, self.model, self.timing.bits, plain)
-        return s, w, c, timing.tables(), rules_of(plain)
+        return s, w, c, rules_of(plain)
 
     @property
     def now_ns(self) -> int:
@@ -310,16 +309,14 @@ class Planner:
             self._cold, routed, used, dense_ns, head_ns,
         )  # fmt: skip
         if self._shadow is not None:
-            other, wire, config, times, rules = self._shadow
+            other, wire, config, rules = self._shadow
             self._enter(other, visit)
-            times.make_room(max(visit.counts))
             clock.visit(
-                other, wire, config, times.times, rules, visit.index, visit.layer, decode, visit.starts_sequence,
+                other, wire, config, self._times.times, rules, visit.index, visit.layer, decode, visit.starts_sequence,
                 self._cold, routed, used, dense_ns, head_ns,
             )  # fmt: skip
             if visit.layer == c.layers - 1:
-                load_ns, host_ns = self._times.times.load_ns, self._times.times.host_ns - times.times.host_ns
-                guard.end_pass(s, c, decode, other.n[NOW], load_ns, c.layers * host_ns)
+                guard.end_pass(s, c, decode, other.n[NOW], self._times.times.load_ns)
 
     def _enter(self, s: State, visit: Visit) -> int:
         """Write a visit into the input tables; returns the experts that take part."""

@@ -347,6 +347,7 @@ class Times(NamedTuple):
         serial_ns: until the end of serial copies in one direction is known.
         cooling_ppm, cooling_max_ns: computing after a wait takes longer: by this share of it, at most by so much.
         sync_ns, gates_ns: bringing the routing to the host; the lookahead gates.
+        longer_ns: the dense part takes so much longer beside this policy's planning and loads.
         plain_ns: a decode visit without any stall, the unit in which the planner looks ahead.
         chunks, full_ns, last_ns: of one load: how many chunks, a full one's time, the last one's.
         full_duplex_ns, last_duplex_ns: the same for a chunk that starts while the other direction is busy.
@@ -367,6 +368,7 @@ class Times(NamedTuple):
     cooling_ppm: int
     cooling_max_ns: int
     sync_ns: int
+    longer_ns: int
     gates_ns: int
     plain_ns: int
     chunks: int

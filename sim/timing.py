@@ -56,7 +56,7 @@ class Timing:
         self.write_back_ns = copy_ns(self.expert_bytes, link.d2h_gb_s, link.d2h_fixed_s)
         self.wake_ns = ns(machine.wake_s)
         self.serial_ns = ns(machine.serial_s)
-        self._cooling_ppm = self._cooling_max_ns = self._expert_longer_ns = 0
+        self._cooling_ppm = self._cooling_max_ns = self.longer_ns = self._expert_longer_ns = 0
         self.measured = model.name in machine.operators
         self._expert: dict[int, int] = {}
         self._dense_of, self._dense_ns = (-1, -1), 0
@@ -114,7 +114,8 @@ class Timing:
         dense_longer_s, expert_longer_s = of_policy(laws.displaced, options) or (0.0, 0.0)
         gates_s = laws.gates[min(options.lookahead, len(laws.gates)) - 1] if options.lookahead and laws.gates else 0.0
         self.gates_ns = ns(gates_s)
-        self.sync_ns = ns(dense_longer_s)
+        self.sync_ns = 0
+        self.longer_ns = ns(dense_longer_s)
         self._expert_longer_ns = ns(expert_longer_s)
         host_s = of_policy(laws.host_s, options)
         self.host_ns = ns(self.machine.host_s if host_s is None else host_s)
@@ -164,7 +165,7 @@ class Timing:
 
     def routed_ns(self, n: int, context: int, looks: bool) -> int:
         """From the start of a visit until the host knows the routing, and the guesses if somebody ``looks`` at them."""
-        return self.dense_ns(n, context) + (self.gates_ns if looks else 0) + self.sync_ns
+        return self.dense_ns(n, context) + self.longer_ns + (self.gates_ns if looks else 0) + self.sync_ns
 
     def expert_ns(self, n: int) -> int:
         """One expert on the device for ``n`` tokens, beside this policy's planning and loads."""
@@ -207,6 +208,7 @@ class Timing:
             cooling_ppm=self._cooling_ppm,
             cooling_max_ns=self._cooling_max_ns,
             sync_ns=self.sync_ns,
+            longer_ns=self.longer_ns,
             gates_ns=self.gates_ns,
             plain_ns=self.plain_visit_ns(),
             chunks=chunks.number,

@@ -55,7 +55,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 CHUNK = 10_000  # bytes, and nanoseconds on the round machine's link
 
 
-def round_machine(bits: int = 4, cooling: tuple[float, float] = (0.0, 0.0), **changes: Any) -> HardwareProfile:
+def round_machine(
+    bits: int = 4,
+    cooling: tuple[float, float] = (0.0, 0.0),
+    displaced: tuple[float, float] = (0.0, 0.0),
+    **changes: Any,
+) -> HardwareProfile:
     """Measured laws of the model ``tiny`` in round nanoseconds, and a link of 1 byte a nanosecond.
 
     Dense part 4000 + 100 a token, one expert 3000 + 500 a token, head 2000, planning 1000, wake-up 200;
@@ -68,6 +73,7 @@ def round_machine(bits: int = 4, cooling: tuple[float, float] = (0.0, 0.0), **ch
         gates=(1e-7, 2e-7, 3e-7, 4e-7),
         host_s={"default": 1e-6},
         cooling={"default": cooling},
+        displaced={"prefetching": displaced},
     )
     link = LinkProfile(1.0, 5e-8, 1.0, 1e-7, h2d_duplex_gb_s=0.5, h2d_host_gb_s=0.8)
     values: dict[str, Any] = {"link": link, "wake_s": 2e-7, "operators": {"tiny": laws}} | changes
@@ -152,6 +158,7 @@ def random_setting(seed: int) -> Setting:
     text = base + ("," if ":" in base else ":") + ",".join(f"{k}={v}" for k, v in keys.items())
     machine = round_machine(
         cooling=draw.choice([(0.0, 0.0), (0.07, 2e-6), (0.3, 1e-3)]),
+        displaced=draw.choice([(0.0, 0.0), (7e-7, 3e-7)]),
         wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]),
         host_memory_gb_s=draw.choice([3.0, 6.0]),
     )

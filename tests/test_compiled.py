@@ -124,7 +124,11 @@ def specialised_setting(policy: str, guard: int, seed: int) -> Setting:
         "chunk_bytes": draw.choice([0, -16, -3, 1000, 5000, 13824]),
     }
     text = policy + ("," if ":" in policy else ":") + ",".join(f"{key}={value}" for key, value in keys.items())
-    machine = round_machine(cooling=draw.choice([(0.0, 0.0), (0.1, 9e-6)]), wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]))
+    machine = round_machine(
+        cooling=draw.choice([(0.0, 0.0), (0.1, 9e-6)]),
+        displaced=draw.choice([(0.0, 0.0), (7e-7, 3e-7)]),
+        wake_s=draw.choice([0.0, 2e-7, 5e-6, 3e-5]),
+    )
     return Setting(trace, machine, trace.model, 4, draw.randint(2, 6), options(text), draw.random() < 0.4)
 
 

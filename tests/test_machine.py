@@ -72,6 +72,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("link", 3, "machine.link is 3; it must be an object"),
     ("link.h2d_gb_s", ..., "machine.link.h2d_gb_s is missing"),
     ("link.h2d_host_gb_s", 1e-300, "a bandwidth must be above 0"),
+    ("link.h2d_fixed_s", 1e9, "it must be at most 60"),
     ("link.colour", 1, "machine.link has the field 'colour'"),
     ("operators", [], "machine.operators is []; it must be an object"),
     ("operators.tiny", None, "machine.operators.tiny is None; it must be an object"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from sim import registry
 from sim.experiment import Setting, planner
 from sim.planner import Load, Planner
 from sim.spec import Bound, options
+from sim.state import ACCOUNT
 from sim.timing import Timing
 from traces import DECODE, Guesses, Visit
 from traces.vocabulary import router_order
@@ -186,3 +188,23 @@ def test_a_cold_sequence_starts_with_nothing_and_its_drops_are_in_the_plan() -> 
     assert [(load.layer, load.expert) for load in made[0].prefetch] == [(1, 3)]
     assert [(load.layer, load.expert) for load in made[2].retract] == [(1, 3)]
     assert [load.evicted for plan in made for load in plan.demand] == [None] * 4
+
+
+@pytest.mark.parametrize("displaced", [(0.0, 0.0), (5e-6, 2e-6)])
+@pytest.mark.parametrize("host_s", [1e-6, 9e-6])
+def test_what_every_visit_of_a_policy_costs_is_not_held_against_its_guesses(
+    displaced: tuple[float, float], host_s: float
+) -> None:
+    """Guesses that nobody would issue: the guard's account holds what looking at them cost, however long the policy
+    plans and whatever that displaces.
+    """
+    trace = random_trace(3, sequences=4, length=20, layers=3)
+    machine = round_machine(displaced=displaced)
+    laws = machine.operators["tiny"]
+    laws = replace(laws, host_s={"default": 1e-6, "prefetching": host_s})
+    machine = replace(machine, operators={"tiny": laws})
+    run = options("speculative:lookahead=1,min_score=2,guard=1")
+    decide, _ = plans(Setting(trace, machine, trace.model, 4, 2, run), keep_time=True)
+    gates_ns = 100  # of one distance, on this machine
+    assert -gates_ns * 3 * 80 < decide._s.n[ACCOUNT] < 0
+    assert decide._s.n[ACCOUNT] % gates_ns == 0

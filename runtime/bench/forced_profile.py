@@ -124,7 +124,7 @@ def measure(
         expert={str(engine.bits): (expert_s, 0.0)},
         head=(head_s, 0.0),
         gates=(gates_s,),
-        host_s={"default": host_s, "speculative": looking_s, "next_layer": looking_s},
+        host_s={"default": host_s, "prefetching": looking_s},
     )
     machine = replace(rough, operators={spec.name: laws}, host_s=host_s, evidence="MEASURED")
     pieces = {

@@ -9,6 +9,7 @@ from typing import TypeVar
 from runtime.calibration.laws import error, fitted, grouped, law, predicted, residuals
 from runtime.calibration.runs import HELD_OUT_WAIT_MS, POLICIES, Runs
 from runtime.calibration.steadiness import usual
+from runtime.host_experts import computes_on_host
 from runtime.observe import DenseSpan, Spans
 from sim.machine import Operators
 from sim.timing import of_policy
@@ -17,6 +18,8 @@ Errors = dict[str, float | None]
 Cooling = tuple[float, float]  # share of a wait, at most so many seconds
 Samples = list[tuple[tuple[int, ...], int]]
 T = TypeVar("T")
+
+LEAST_WAITED = 0.02  # of what loads take, that a visit must wait for waits to tell anything
 
 
 def operators(runs: Runs) -> tuple[Operators, Errors]:
@@ -40,8 +43,12 @@ def operators(runs: Runs) -> tuple[Operators, Errors]:
     cooling: dict[str, Cooling] = {}
     for policy in POLICIES:
         slowed = {wait_ns: of for (text, wait_ns), of in found.waits.items() if text == policy}
-        cooling[policy], errors[f"waits, {policy}"] = _cooling(slowed, runs.spec.top_k)
-    cooling = _with_defaults(cooling)
+        waits = _cooling(slowed, runs.spec.top_k) if slowed else None
+        errors[f"waits, {policy}"] = waits and waits[1]
+        if waits:
+            cooling[policy] = waits[0]
+    if len(cooling) == len(POLICIES):
+        cooling = _with_defaults(cooling)
     routing_s = mean(_routing(spans))
     gates = tuple(max(0.0, mean(_looked(found.gates[d])) - routing_s) for d in sorted(found.gates))
     for d, looked in found.gates_held_out.items():
@@ -65,7 +72,7 @@ def operators(runs: Runs) -> tuple[Operators, Errors]:
         kind = "prefetching" if runs.policies[text].prefetches else "default"
         said = whole_s(displaced[kind], host[text])
         errors[f"visit, {text}"] = abs(said / whole_s(beyond(text, of), mean(_host(of))) - 1)
-    ratio = [((), ns) for s in found.policies["on_demand"] for n, _, ns in s.host if n == 1]
+    ratio = [((), h.ns) for s in found.policies["on_demand"] for h in s.host]
     laws = Operators(
         dense=(dense[0], dense[1], dense[2]),
         expert=expert,
@@ -87,7 +94,7 @@ def operators(runs: Runs) -> tuple[Operators, Errors]:
 
 def spread(runs: Runs) -> float | None:
     """How far rounds differ in a visit with every expert resident: (largest - smallest) / mean; None for one."""
-    rounds = [r for r in runs.rounds_resident() if any(h.tokens == 1 for s in r for h in s.host)]
+    rounds = [of for of in runs.rounds_resident() if of]
     if runs.rounds < 2 or len(rounds) < 2:
         return None
     visits = [_visit_s(of, runs.spec.top_k) for of in rounds]
@@ -105,11 +112,10 @@ def wake_s(runs: Runs) -> float:
 
 
 def serial_s(runs: Runs) -> float:
-    """Seconds by which a visit's serial copies in one direction take longer than the link, mean."""
+    """Seconds by which a visit's serial copies in one direction take longer than the link, beginning included; mean."""
     longer = []
     for load_ns, of in runs.undisturbed().serial.items():
-        for s in of:
-            longer += [e.wait_ns % load_ns / 1e9 for e in s.expert if e.wait_ns >= load_ns and e.tokens == 1]
+        longer += [e.wait_ns % load_ns / 1e9 for s in of for e in s.expert if e.wait_ns >= load_ns]
     return mean(longer) if longer else 0.0
 
 
@@ -119,60 +125,58 @@ def _with_defaults(by_policy: dict[str, T]) -> dict[str, T]:
 
 
 def _pooled(by_policy: dict[str, tuple[float, float]], runs: Runs) -> dict[str, tuple[float, float]]:
-    """Means over the policies that look ahead, and over the others: single ones differ by less than their noise."""
+    """Means over the policies that look ahead, and over the others: single ones differ by less than their noise.
+
+    Without those that compute on the host, whose threads take something from the device's.
+    """
     found = {}
     for kind, prefetches in (("default", False), ("prefetching", True)):
-        dense, expert = zip(
-            *(v for text, v in by_policy.items() if runs.policies[text].prefetches == prefetches), strict=True
-        )
+        alike = [
+            text for text, run in runs.policies.items() if run.prefetches == prefetches and not computes_on_host(run)
+        ]
+        dense, expert = zip(*(by_policy[text] for text in alike), strict=True)
         found[kind] = (mean(dense), mean(expert))
     return found
 
 
-def _cooling(slowed: dict[int, list[Spans]], top_k: int) -> tuple[Cooling, float | None]:
+def _cooling(slowed: dict[int, list[Spans]], top_k: int) -> tuple[Cooling, float] | None:
     """How much longer a visit takes for the waits in it, from one policy's runs over links on which a load takes so
-    many ns; and the error on a visit, waits not counted, of the run that is held out.
+    many ns; and the error on a visit, waits not counted, of the run that is held out. None where next to nothing waits.
     """
-    if not slowed:
-        return (0.0, 0.0), None
     visit = {ns: _visit_s(of, top_k) for ns, of in slowed.items()}
     waited = {ns: _waited_s(of) for ns, of in slowed.items()}
     held, longest = round(HELD_OUT_WAIT_MS * 1e6), max(slowed)
     fitted_to = [ns for ns in slowed if ns not in (0, held, longest)]
     longer_s = sum(visit[ns] - visit[0] for ns in fitted_to)
-    share = max(0.0, longer_s / max(1e-9, sum(waited[ns] - waited[0] for ns in fitted_to)))
+    waited_s = sum(waited[ns] - waited[0] for ns in fitted_to)
     times = _waits(slowed[longest])
-    most = max(0.0, (visit[longest] - visit[0]) / times) if times else 0.0
+    if waited_s < LEAST_WAITED * sum(fitted_to) / 1e9 or not times:
+        return None
+    share = min(1.0, max(0.0, longer_s / waited_s))
+    most = max(0.0, (visit[longest] - visit[0]) / times)
     said = visit[0] + share * (waited[held] - waited[0])
     return (share, most), abs(said / visit[held] - 1)
 
 
 def _waits(of: Sequence[Spans]) -> float:
     """Waits in a decode visit, mean."""
-    return sum(e.wait_ns > 0 for s in of for e in s.expert if e.tokens == 1) / max(1, len(_host(of)))
+    return sum(e.wait_ns > 0 for s in of for e in s.expert) / max(1, len(_host(of)))
 
 
 def _waited_s(of: Sequence[Spans]) -> float:
     """Seconds of waiting in a decode visit, mean."""
-    return sum(e.wait_ns for s in of for e in s.expert if e.tokens == 1) / 1e9 / max(1, len(_host(of)))
+    return sum(e.wait_ns for s in of for e in s.expert) / 1e9 / max(1, len(_host(of)))
 
 
 def _beyond_dense(of: Sequence[Spans], dense: Sequence[float], gates_s: float) -> float:
     return mean(
-        ns / 1e9 - predicted(dense, (1, d.context + 1)) - gates_s * looks
-        for d, looks, ns in _routed(of)
-        if d.layer and d.tokens == 1
+        ns / 1e9 - predicted(dense, (1, d.context + 1)) - gates_s * looks for d, looks, ns in _routed(of) if d.layer
     )
 
 
 def _beyond_expert(of: Sequence[Spans], expert: tuple[float, float], cooling: Cooling) -> float:
     share, most = cooling
-    longer = []
-    for s in of:
-        for tokens, wait_ns, ns in s.expert:
-            if tokens == 1:
-                wait_s = wait_ns / 1e9
-                longer.append(ns / 1e9 - sum(expert) - min(most, share * wait_s))
+    longer = [e.ns / 1e9 - sum(expert) - min(most, share * e.wait_ns / 1e9) for s in of for e in s.expert]
     return mean(longer) if longer else 0.0
 
 
@@ -205,11 +209,11 @@ def _heads(of: Sequence[Spans], dense: Sequence[float]) -> list[tuple[tuple[int,
 
 
 def _host(of: Sequence[Spans]) -> list[float]:
-    return [h.ns / 1e9 for s in of for h in s.host if h.tokens == 1]
+    return [h.ns / 1e9 for s in of for h in s.host]
 
 
 def _looked(of: Sequence[Spans]) -> list[float]:
-    return [g.ns / 1e9 for s in of for g in s.gates if g.tokens == 1 and g.looks]
+    return [g.ns / 1e9 for s in of for g in s.gates if g.looks]
 
 
 def _routing(of: Sequence[Spans]) -> list[float]:
@@ -221,7 +225,7 @@ def _context(spans: Spans) -> int:
 
 
 def _visit_s(of: Sequence[Spans], top_k: int) -> float:
-    """A decode visit, everything resident."""
-    dense = [ns / 1e9 for d, _, ns in _routed(of) if d.layer and d.tokens == 1]
-    expert = [e.ns / 1e9 for s in of for e in s.expert if e.tokens == 1]
+    """A decode visit, waits not counted."""
+    dense = [ns / 1e9 for d, _, ns in _routed(of) if d.layer]
+    expert = [e.ns / 1e9 for s in of for e in s.expert]
     return mean(dense) + mean(_host(of)) + top_k * mean(expert)

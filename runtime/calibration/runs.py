@@ -14,19 +14,22 @@ from typing import Any, NamedTuple, Self
 from runtime import models
 from runtime.calibration.steadiness import Control, uncollected, undisturbed, usual
 from runtime.devices import open_device
-from runtime.engine import Engine, paced
+from runtime.engine import Engine
 from runtime.experts import Waited
+from runtime.family import ModelError
 from runtime.observe import Spans
 from runtime.store import HostStore
-from sim.machine import HardwareProfile, LinkProfile
+from sim.machine import HardwareProfile, LinkProfile, paced
 from sim.spec import Options, options
 from sim.timing import Timing
 
 DEFAULT_LINK_GB_S = 0.05
-FAST_LINK_GB_S = 10.0  # of a paced link that nothing has to wait for
+FAST_LINK_GB_S = 10.0  # of a paced link that next to nothing has to be waited for
+GPU_LINK_GB_S = 25.0  # believed of a device with a link of its own: PCIe Gen4, about
 CONTEXT = 200  # tokens of the longest prompt
 WAITS_MS = (1.0, 2.0, 10.0)  # that a load takes, where waits are measured
 HELD_OUT_WAIT_MS = 1.5
+SERIAL_MS = 2.0  # that a load takes, where copies and computing take turns
 TOKENS = 32  # of each engine run
 POLICIES = ("on_demand", "speculative")
 SERIAL = "on_demand:copy_stream=0"
@@ -51,14 +54,18 @@ ROUGH = HardwareProfile(  # the planner's clock while nothing is measured yet
 
 
 class TrialEngine(Engine):
-    """An engine whose link can be slowed down or sped up without its planner's knowing."""
+    """An engine whose link can be slowed down or sped up without its planner's knowing.
+
+    Attributes:
+        load_ns: that one load takes since `pace`.
+    """
+
+    load_ns = 0
 
     def believe(self, gb_s: float) -> None:
         """Plan as on a link of this speed. Only before anything is generated."""
         self.timing = Timing(paced(ROUGH, gb_s), self.spec, self.bits, self.options)
         self.planner = self._kind(self.spec, self.options, self.slots, self.timing)
-
-    load_ns = 0  # that one load takes
 
     def pace(self, gb_s: float) -> None:
         """The link is of this speed from now on. Only between passes."""
@@ -93,7 +100,8 @@ class Measured:
     Attributes:
         resident, held_out: by bits, every expert in a slot.
         waits: by SPEC and ns that a load takes (0: as fast as can be), half of the experts in slots.
-        policies, policies_held_out: by SPEC, half of the experts in slots, planned for a slow link, on a fast one.
+        policies, policies_held_out: by SPEC, half of the experts in slots, planned for a slow link, on a fast one. Of
+            these and all that follow, decode passes alone.
         serial: by ns that a load takes, half of the experts in slots, copies and computing in turns.
         gates, gates_held_out: by lookahead distance, every expert in a slot, guesses at every visit.
     """
@@ -125,7 +133,7 @@ class Runs:
     """Engine runs with spans on, in rounds.
 
     What a policy's planning costs is measured without the waits it leads to, whose cost is measured by itself: its
-    planner believes in a link of ``gb_s``, and the link is so fast that nothing is waited for.
+    planner believes in a link of ``gb_s``, and the link is so fast that next to nothing is waited for.
 
     Args:
         model_dir, bits: what is measured.
@@ -156,11 +164,13 @@ class Runs:
     ) -> None:
         self.model_dir = model_dir
         self.spec = models.spec_of(model_dir)
+        if self.spec.num_layers < 2:
+            raise ModelError(f"{model_dir} has one MoE layer; what a visit takes is measured from the second on")
         self.tokens = tokens
         self.device = device
-        self.gb_s = gb_s
+        self.gb_s = gb_s if device == "cpu" else GPU_LINK_GB_S
         self.lengths = (8, 8 + context // 4, context)  # of the prompts that laws are fitted to
-        self.held_out = (24, context * 3 // 5)  # and of those that test them
+        self.held_out = (12, context * 3 // 5)  # and of those that test them
         self.policies = {text: options(text) for text in dict.fromkeys((*POLICIES, *policies))}
         self.rounds = 0
         self.control = control or Control()
@@ -209,6 +219,10 @@ class Runs:
             raise
         return engine
 
+    def decode_spans(self, engine: TrialEngine, length: int, tokens: int) -> list[Seen]:
+        """`spans` of the decode passes alone."""
+        return self.spans(engine, length, tokens)[1:]
+
     def spans(self, engine: TrialEngine, length: int, tokens: int) -> list[Seen]:
         """What the passes of one prompt of ``length`` tokens and of ``tokens`` new ones took."""
         ids = engine.tokenizer.encode(PROMPT)
@@ -236,19 +250,19 @@ class Runs:
         for text, run in self.policies.items():
             with self.engine(run, self.widths[0], half, self.gb_s) as engine:
                 for length in (24, 32):
-                    found.policies.setdefault(text, []).append(self.spans(engine, length, self.tokens))
-                found.policies_held_out.setdefault(text, []).append(self.spans(engine, 40, few))
+                    found.policies.setdefault(text, []).append(self.decode_spans(engine, length, self.tokens))
+                found.policies_held_out.setdefault(text, []).append(self.decode_spans(engine, 40, few))
                 if whole and text in POLICIES and self.device == "cpu":
                     self._wait(engine, text)
         for distance in range(1, min(4, self.spec.num_layers - 1) + 1) if whole else ():
             run = options(f"speculative:lookahead={distance},guard=0,trust=0")  # every visit looks ahead
             with self.engine(run, self.widths[0], every, self.gb_s) as engine:
-                found.gates.setdefault(distance, []).append(self.spans(engine, 24, few))
-                found.gates_held_out.setdefault(distance, []).append(self.spans(engine, 40, few))
+                found.gates.setdefault(distance, []).append(self.decode_spans(engine, 24, few))
+                found.gates_held_out.setdefault(distance, []).append(self.decode_spans(engine, 40, few))
         if whole and self.device == "cpu":
             with self.engine(options(SERIAL), self.widths[0], half, self.gb_s) as engine:
-                engine.pace(self.gb_s)
-                found.serial.setdefault(engine.load_ns, []).append(self.spans(engine, 24, few))
+                engine.pace(engine.store.expert_bytes / SERIAL_MS / 1e6)
+                found.serial.setdefault(engine.load_ns, []).append(self.decode_spans(engine, 24, few))
         self.rounds += 1
 
     def _wait(self, engine: TrialEngine, policy: str) -> None:
@@ -256,7 +270,7 @@ class Runs:
         for ms in (0.0, *WAITS_MS, HELD_OUT_WAIT_MS):
             engine.pace(engine.store.expert_bytes / ms / 1e6 if ms else FAST_LINK_GB_S)
             tokens = max(6, min(self.tokens // 2 + 2, round(32 / max(1.0, ms))))
-            self.measured.waits.setdefault((policy, round(ms * 1e6)), []).append(self.spans(engine, 24, tokens))
+            self.measured.waits.setdefault((policy, round(ms * 1e6)), []).append(self.decode_spans(engine, 24, tokens))
 
     # --- what of it counts ------------------------------------------------------------------------------------
 
@@ -271,14 +285,15 @@ class Runs:
         return Undisturbed(**found)
 
     def rounds_resident(self) -> Iterator[list[Spans]]:
-        """Undisturbed passes with every expert in a slot at the first width, round by round."""
+        """Undisturbed decode passes with every expert in a slot at the first width, round by round."""
         kept = self._kept()
         runs, each = self.measured.resident[self.widths[0]], len(self.lengths)
         for i in range(0, len(runs), each):
-            yield [s.spans for seen in runs[i : i + each] for s in seen if kept[s.look]]
+            seen = itertools.chain(*runs[i : i + each])
+            yield [s.spans for s in seen if kept[s.look] and s.spans.dense[0].tokens == 1]
 
     def kept_share(self) -> float:
-        """Share of passes during which nothing outside slowed the machine down."""
+        """Share of what lies between two looks at the control, during which nothing outside slowed the machine down."""
         kept = self._kept()
         return sum(kept) / len(kept)
 

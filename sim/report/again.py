@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -12,7 +11,7 @@ from typing import Any
 import traces
 from sim import settings
 from sim.experiment import Experiment, Setting
-from sim.machine import HardwareProfile, machine_from
+from sim.machine import HardwareProfile, machine_from, paced
 from sim.report.events import Process, processes
 from sim.report.reading import ABOVE_0, COUNT, FEW, FLAG, INTEGER, OBJECT, TEXT, TEXTS, Kind, fault, or_null
 from sim.spec import RUN_KEYS, SpecError, options
@@ -126,14 +125,6 @@ def _profile(document: Record, name: str) -> HardwareProfile:
         return machine_from(stored.get("machine"), stored.get("evidence"), stored.get("sources") or {})
     except SpecError as error:
         raise NotHereError(str(error)) from None
-
-
-def paced(profile: HardwareProfile, gb_s: float | None) -> HardwareProfile:
-    """The machine with its link at ``gb_s`` in both directions, as the engine paces it; unchanged for None."""
-    if gb_s is None:
-        return profile
-    link = dataclasses.replace(profile.link, h2d_gb_s=gb_s, d2h_gb_s=gb_s, h2d_duplex_gb_s=gb_s)
-    return dataclasses.replace(profile, link=link)
 
 
 def _simulated(setting: Setting, name: str, clock: HardwareProfile | None = None) -> tuple[Process, Record]:

@@ -164,11 +164,11 @@ class Validation:
                 machine.round(whole=number % (4 * BETWEEN) == 0)
             self.measure(cell)
         for _ in range(MORE_REPEATS):
-            for cell in cells:
-                if self.share(cell) < ENOUGH * repeats:
-                    if machine:
-                        machine.round(whole=False)
-                    self.measure(cell)
+            again = [cell for cell in cells if self.share(cell) < ENOUGH * repeats]
+            for cell in again:
+                self.measure(cell)
+            if machine and again:
+                machine.round(whole=False)
         if machine:
             machine.round()
 

@@ -239,20 +239,24 @@ def equal_cells(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def table(document: dict[str, Any], policies: Sequence[str]) -> str:
-    """A stored validation in Markdown: its cells of ``policies``, its worst case, and the verdict."""
+    """A stored validation in Markdown: its cells of ``policies``, its worst case, and the verdict; slots where cells
+    differ in them."""
     cells = document["cells"]
     worst = max(cells, key=lambda c: abs(c["tpot_error"]))
+    slots = len({c["slots"] for c in cells}) > 1
     lines = [
-        "| policy | link GB/s | TPOT measured ms | simulated | error | repeats differ | stall measured | simulated |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| policy | {'slots | ' * slots}link GB/s | TPOT measured ms | simulated | error | repeats differ "
+        "| stall measured | simulated |",
+        f"| --- | {'---: | ' * slots}---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for cell in cells:
         if cell["policy"] not in policies and cell is not worst:
             continue
         m, s = cell["measured"], cell["simulated"]
         mark = " (worst)" if cell is worst else ""
+        where = f"{cell['slots']} | " if slots else ""
         lines.append(
-            f"| {cell['policy']}{mark} | {cell['link_gb_s'] or 0:g} | {m['tpot_s'] * 1e3:.2f} "
+            f"| {cell['policy']}{mark} | {where}{cell['link_gb_s'] or 0:g} | {m['tpot_s'] * 1e3:.2f} "
             f"| {s['tpot_s'] * 1e3:.2f} | {cell['tpot_error']:+.1%} | {cell['repeat_spread']:.1%} "
             f"| {m['stall_s'] * 1e3:.2f} | {s['stall_s'] * 1e3:.2f} |"
         )

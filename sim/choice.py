@@ -241,7 +241,7 @@ def files(named: dict[str, str | None]) -> dict[str, str]:
     """Keys of a choice file for what was named by a file: without it the name alone would not be found again.
 
     Args:
-        named: ``--machine`` and ``--model`` as they were given.
+        named: machine and model as they were given, by a flag or an axis.
     """
     given = {f"{kind}_file": text for kind, text in named.items() if text is not None and text.endswith(".json")}
     return {key: str(Path(text).absolute()) for key, text in given.items()}

@@ -370,7 +370,8 @@ def _simulate(args: argparse.Namespace, sweep: Sweep) -> int:
 def _report(args: argparse.Namespace, records: list[Record]) -> list[Record]:
     """Print fronts and choices, write the choice; one document for each trace, machine and model."""
     wanted = choices.wish(args.best)
-    found = []
+    found: list[Record] = []
+    named: list[dict[str, str | None]] = []
     comparable = choices.groups(records)
     for number, alike in enumerate(comparable.values()):
         chosen = choices.choose(alike, wanted, args.seed)
@@ -378,11 +379,12 @@ def _report(args: argparse.Namespace, records: list[Record]) -> list[Record]:
         if number < REPORTED:
             print("\n".join(["", *lines]))
         found.append(choices.document(chosen, wanted))
+        axes = chosen.records[chosen.chosen].get("axes", {})
+        named.append({kind: axes.get(kind, vars(args)[kind]) for kind in ("machine", "model")})
     if len(comparable) > REPORTED:
         print(f"\n{len(comparable) - REPORTED} more machines, models or traces: their choices stand in the last line")
     if args.choice_out and found:
-        named = {"machine": args.machine, "model": args.model}
-        choices.write(args.choice_out, found[0] | choices.files(named))
+        choices.write(args.choice_out, found[0] | choices.files(named[0]))
         print(f"wrote {args.choice_out}")
     return found
 

@@ -74,8 +74,8 @@ def planted() -> SimpleNamespace:
         common = {"longer": LONGER_NS[text], "gates_ns": GATES_NS[3] if text == "speculative" else None, "sends": True}
         policies[text] = decoded(24, 20, host_ns, **common)
         held[text] = decoded(40, 10, host_ns, **common)
-        for ms in (0.0, *WAITS_MS, HELD_OUT_WAIT_MS):
-            slowed = {"waits_ns": [round(0.9e6 * ms) or 1000], "cooling": COOLING[text]}
+        for ms in (*WAITS_MS, HELD_OUT_WAIT_MS):
+            slowed = {"waits_ns": [round(0.9e6 * ms)], "cooling": COOLING[text]}
             waits[text, round(ms * 1e6)] = decoded(24, 10, host_ns, **common, **slowed)
     found = Undisturbed(
         resident={4: resident},
@@ -121,8 +121,8 @@ def test_what_a_wait_costs_is_a_share_of_it_up_to_a_limit() -> None:
     laws, _ = operators(planted())  # type: ignore[arg-type]
     for kind, text in (("default", "on_demand"), ("prefetching", "speculative")):
         share, most_s = laws.cooling[kind]
-        assert share == pytest.approx(COOLING[text], rel=1e-3)
-        assert most_s == pytest.approx(MOST_NS / 1e9, rel=1e-3)
+        assert share == pytest.approx(COOLING[text], rel=1e-2)
+        assert most_s == pytest.approx(MOST_NS / 1e9, rel=1e-2)
 
 
 def test_arrivals_and_serial_copies_are_known_late() -> None:

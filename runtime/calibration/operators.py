@@ -42,8 +42,8 @@ def operators(runs: Runs) -> tuple[Operators, Errors]:
     errors["head"] = sum(e * count for e, count in wrong) / max(1, sum(count for _, count in wrong))
     cooling: dict[str, Cooling] = {}
     for policy in POLICIES:
-        slowed = {wait_ns: of for (text, wait_ns), of in found.waits.items() if text == policy}
-        waits = _cooling(slowed, runs.spec.top_k) if slowed else None
+        slowed = {ns: of for (text, ns), of in found.waits.items() if text == policy}
+        waits = _cooling({0: found.policies[policy]} | slowed, runs.spec.top_k) if slowed else None
         errors[f"waits, {policy}"] = waits and waits[1]
         if waits:
             cooling[policy] = waits[0]
@@ -105,7 +105,7 @@ def wake_s(runs: Runs) -> float:
     """Seconds from the end of a load until the engine that waits for it goes on, less those for which the host goes on
     planning after the copier has a plan's demand loads; on_demand, means.
     """
-    of = [s for (text, ns), spans in runs.undisturbed().waits.items() if text == "on_demand" and ns for s in spans]
+    of = [s for (text, _), spans in runs.undisturbed().waits.items() if text == "on_demand" for s in spans]
     notice = [ns / 1e9 for s in of for ns in s.notice_ns]
     after = [h.after_ns / 1e9 for s in of for h in s.host if h.after_ns]
     return max(0.0, mean(notice) - mean(after)) if notice and after else 0.0
@@ -140,8 +140,12 @@ def _pooled(by_policy: dict[str, tuple[float, float]], runs: Runs) -> dict[str, 
 
 
 def _cooling(slowed: dict[int, list[Spans]], top_k: int) -> tuple[Cooling, float] | None:
-    """How much longer a visit takes for the waits in it, from one policy's runs over links on which a load takes so
-    many ns; and the error on a visit, waits not counted, of the run that is held out. None where next to nothing waits.
+    """How much longer a visit takes for the waits in it, and the error on a visit, waits not counted, where held out.
+
+    Args:
+        slowed: one policy's decode passes by ns that a load took (0: as good as none).
+
+    Returns None where next to nothing waits.
     """
     visit = {ns: _visit_s(of, top_k) for ns, of in slowed.items()}
     waited = {ns: _waited_s(of) for ns, of in slowed.items()}

@@ -99,7 +99,7 @@ class Measured:
 
     Attributes:
         resident, held_out: by bits, every expert in a slot.
-        waits: by SPEC and ns that a load takes (0: as fast as can be), half of the experts in slots.
+        waits: by SPEC and ns that a load takes, half of the experts in slots; ``policies`` hold the same without waits.
         policies, policies_held_out: by SPEC, half of the experts in slots, planned for a slow link, on a fast one. Of
             these and all that follow, decode passes alone.
         serial: by ns that a load takes, half of the experts in slots, copies and computing in turns.
@@ -237,7 +237,7 @@ class Runs:
         return found
 
     def round(self, whole: bool = True) -> None:
-        """Measure everything once more; not ``whole``: without gates and waits."""
+        """Measure everything once more; not ``whole``: without gates and serial copies."""
         found = self.measured
         every, half = self.spec.num_experts, max(self.spec.top_k, self.spec.num_experts // 2)
         few = self.tokens // 2 + 2
@@ -249,10 +249,10 @@ class Runs:
                     found.held_out.setdefault(bits, []).append(self.spans(engine, length, few))
         for text, run in self.policies.items():
             with self.engine(run, self.widths[0], half, self.gb_s) as engine:
-                for length in (24, 32):
-                    found.policies.setdefault(text, []).append(self.decode_spans(engine, length, self.tokens))
+                found.policies.setdefault(text, []).append(self.decode_spans(engine, 24, self.tokens))
                 found.policies_held_out.setdefault(text, []).append(self.decode_spans(engine, 40, few))
-                if whole and text in POLICIES and self.device == "cpu":
+                if text in POLICIES and self.device == "cpu":
+                    found.policies[text].append(self.decode_spans(engine, 24, self.tokens))
                     self._wait(engine, text)
         for distance in range(1, min(4, self.spec.num_layers - 1) + 1) if whole else ():
             run = options(f"speculative:lookahead={distance},guard=0,trust=0")  # every visit looks ahead
@@ -267,9 +267,9 @@ class Runs:
 
     def _wait(self, engine: TrialEngine, policy: str) -> None:
         """The same prompt over links on which a load takes longer and longer."""
-        for ms in (0.0, *WAITS_MS, HELD_OUT_WAIT_MS):
-            engine.pace(engine.store.expert_bytes / ms / 1e6 if ms else FAST_LINK_GB_S)
-            tokens = max(6, min(self.tokens // 2 + 2, round(32 / max(1.0, ms))))
+        for ms in (*WAITS_MS, HELD_OUT_WAIT_MS):
+            engine.pace(engine.store.expert_bytes / ms / 1e6)
+            tokens = max(8, min(self.tokens, round(48 / ms)))
             self.measured.waits.setdefault((policy, round(ms * 1e6)), []).append(self.decode_spans(engine, 24, tokens))
 
     # --- what of it counts ------------------------------------------------------------------------------------

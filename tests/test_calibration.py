@@ -151,7 +151,7 @@ def test_nothing_waits_where_nothing_was_measured() -> None:
 def test_waits_that_do_not_grow_tell_nothing() -> None:
     """A link that makes nobody wait: no share, and no error, rather than one of a thousand per cent."""
     runs: Any = planted()
-    same = {key: decoded(24, 10, HOST_NS[key[0]], waits_ns=[50_000]) for key in runs.undisturbed().waits}
+    same = {key: decoded(24, 10, HOST_NS[key[0]], waits_ns=[10_000]) for key in runs.undisturbed().waits}
     found = runs.undisturbed()._replace(waits=same)
     runs.undisturbed = lambda: found
     laws, errors = operators(runs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean as mean
 from typing import TypeVar
 
 from runtime.calibration.laws import error, fitted, grouped, law, predicted, residuals
-from runtime.calibration.runs import HELD_OUT_WAIT_MS, POLICIES, Runs
+from runtime.calibration.runs import HELD_OUT_WAIT_MS, POLICIES, Runs, Undisturbed
 from runtime.calibration.steadiness import usual
 from runtime.host_experts import computes_on_host
 from runtime.observe import DenseSpan, Spans
@@ -25,14 +26,26 @@ LEAST_WAITED = 0.02  # of what loads take, that a visit must wait for waits to t
 def operators(runs: Runs) -> tuple[Operators, Errors]:
     """All laws of a model, and their held-out errors (MAPE) by operator; None where nothing was held out."""
     found = runs.undisturbed()
+    laws, errors = _resident(runs, found)
+    gates, of_gates = _gates(found)
+    cooling, of_waits = _coolings(runs, found)
+    laws = replace(laws, gates=gates, cooling=cooling, control_s=usual(runs.control.looks))
+    host_s, displaced, of_planning = _planning(runs, found, laws)
+    noise = residuals([((), h.ns) for s in found.policies["on_demand"] for h in s.host], (host_s["on_demand"],))
+    laws = replace(laws, host_s=host_s, displaced=displaced, residuals=laws.residuals | {"host": noise})
+    return laws, errors | of_waits | of_gates | of_planning
+
+
+def _resident(runs: Runs, found: Undisturbed) -> tuple[Operators, Errors]:
+    """Dense part, experts and head, with every expert in a slot."""
     errors: Errors = {}
     expert: dict[str, tuple[float, float]] = {}
     ratios: Samples = []
     for bits in runs.widths:
-        first = fitted(_experts(found.resident[bits]))
-        expert[str(bits)] = (first[0], first[1])
-        errors[f"expert at {bits} bits"] = error(_experts(found.held_out[bits]), first)
-        ratios += [((), round(ns / predicted(first, q))) for q, ns in _experts(found.resident[bits])]
+        one = fitted(_experts(found.resident[bits]))
+        expert[str(bits)] = (one[0], one[1])
+        errors[f"expert at {bits} bits"] = error(_experts(found.held_out[bits]), one)
+        ratios += [((), round(ns / predicted(one, q))) for q, ns in _experts(found.resident[bits])]
     spans = [s for by_bits in found.resident.values() for s in by_bits]
     held = [s for by_bits in found.held_out.values() for s in by_bits]
     dense = fitted(_dense(spans))
@@ -40,56 +53,66 @@ def operators(runs: Runs) -> tuple[Operators, Errors]:
     head = law((q, v, count**0.5) for q, v, count in _heads(spans, dense))
     wrong = [(abs(predicted(head, q) / v - 1), count) for q, v, count in _heads(held, dense)]
     errors["head"] = sum(e * count for e, count in wrong) / max(1, sum(count for _, count in wrong))
+    laws = Operators(
+        dense=(dense[0], dense[1], dense[2]),
+        expert=expert,
+        head=(head[0], head[1]),
+        residuals={"dense": residuals(_dense(spans), dense), "expert": residuals(ratios, (1.0,))},
+        reach={"tokens": max(d.tokens for s in spans for d in s.dense), "context": max(map(_context, spans))},
+    )
+    return laws, errors
+
+
+def _gates(found: Undisturbed) -> tuple[tuple[float, ...], Errors]:
+    """Lookahead gates by distance, without the routing's way to the host, which the dense part holds."""
+    resident = next(iter(found.resident.values()))
+    routing_s = mean(g.ns / 1e9 for s in resident for g in s.gates if g.tokens == 1)
+    gates = tuple(max(0.0, mean(_looked(found.gates[d])) - routing_s) for d in sorted(found.gates))
+    errors: Errors = {
+        f"gates, {d} ahead": abs((gates[d - 1] + routing_s) / mean(_looked(of)) - 1)
+        for d, of in found.gates_held_out.items()
+    }
+    return gates, errors
+
+
+def _coolings(runs: Runs, found: Undisturbed) -> tuple[dict[str, Cooling], Errors]:
+    """What waits cost, by kind of policy; empty where that was not measured, or nothing waited."""
     cooling: dict[str, Cooling] = {}
+    errors: Errors = {}
     for policy in POLICIES:
         slowed = {ns: of for (text, ns), of in found.waits.items() if text == policy}
         waits = _cooling({0: found.policies[policy]} | slowed, runs.spec.top_k) if slowed else None
         errors[f"waits, {policy}"] = waits and waits[1]
         if waits:
             cooling[policy] = waits[0]
-    if len(cooling) == len(POLICIES):
-        cooling = _with_defaults(cooling)
-    routing_s = mean(_routing(spans))
-    gates = tuple(max(0.0, mean(_looked(found.gates[d])) - routing_s) for d in sorted(found.gates))
-    for d, looked in found.gates_held_out.items():
-        errors[f"gates, {d} ahead"] = abs((gates[d - 1] + routing_s) / mean(_looked(looked)) - 1)
-    host = {text: mean(_host(of)) for text, of in found.policies.items()}
-    first = expert[str(runs.widths[0])]
+    return (_with_defaults(cooling) if len(cooling) == len(POLICIES) else cooling), errors
+
+
+def _planning(
+    runs: Runs, found: Undisturbed, laws: Operators
+) -> tuple[dict[str, float], dict[str, tuple[float, float]], Errors]:
+    """Planning by policy, and what it displaces by kind: beyond what ``laws`` say of dense part, gates and experts."""
+    top_k, gates = runs.spec.top_k, laws.gates
+    expert = laws.expert[str(runs.widths[0])]
 
     def beyond(text: str, of: Sequence[Spans]) -> tuple[float, float]:
         """How much longer than the laws say a visit's dense part takes, and an expert; seconds."""
         run = runs.policies[text]
         gates_s = gates[min(run.lookahead, len(gates)) - 1] if run.lookahead and gates else 0.0
-        return _beyond_dense(of, dense, gates_s), _beyond_expert(of, first, of_policy(cooling, run) or (0.0, 0.0))
+        cooling = of_policy(laws.cooling, run) or (0.0, 0.0)
+        return _beyond_dense(of, laws.dense, gates_s), _beyond_expert(of, expert, cooling)
 
+    host_s = {text: mean(_host(of)) for text, of in found.policies.items()}
     displaced = _pooled({text: beyond(text, of) for text, of in found.policies.items()}, runs)
-    visit_s = predicted(dense, (1, runs.lengths[1])) + runs.spec.top_k * sum(first)
-
-    def whole_s(times: tuple[float, float], host_s: float) -> float:
-        return visit_s + host_s + max(0.0, times[0]) + runs.spec.top_k * max(0.0, times[1])
-
+    visit_s = predicted(laws.dense, (1, runs.lengths[1])) + top_k * sum(expert)
+    errors: Errors = {}
     for text, of in found.policies_held_out.items():
-        kind = "prefetching" if runs.policies[text].prefetches else "default"
-        said = whole_s(displaced[kind], host[text])
-        errors[f"visit, {text}"] = abs(said / whole_s(beyond(text, of), mean(_host(of))) - 1)
-    ratio = [((), h.ns) for s in found.policies["on_demand"] for h in s.host]
-    laws = Operators(
-        dense=(dense[0], dense[1], dense[2]),
-        expert=expert,
-        head=(head[0], head[1]),
-        gates=gates,
-        host_s=_with_defaults(host),
-        displaced={kind: (max(0.0, a), max(0.0, b)) for kind, (a, b) in displaced.items()},
-        cooling=cooling,
-        residuals={
-            "dense": residuals(_dense(spans), dense),
-            "expert": residuals(ratios, (1.0,)),
-            "host": residuals(ratio, (host["on_demand"],)),
-        },
-        reach={"tokens": max(d.tokens for s in spans for d in s.dense), "context": max(map(_context, spans))},
-        control_s=usual(runs.control.looks),
-    )
-    return laws, errors
+        dense_s, expert_s = displaced["prefetching" if runs.policies[text].prefetches else "default"]
+        said = visit_s + host_s[text] + dense_s + top_k * expert_s
+        dense_s, expert_s = beyond(text, of)
+        errors[f"visit, {text}"] = abs(said / (visit_s + mean(_host(of)) + dense_s + top_k * expert_s) - 1)
+    displaced = {kind: (max(0.0, dense_s), max(0.0, expert_s)) for kind, (dense_s, expert_s) in displaced.items()}
+    return _with_defaults(host_s), displaced, errors
 
 
 def spread(runs: Runs) -> float | None:
@@ -218,10 +241,6 @@ def _host(of: Sequence[Spans]) -> list[float]:
 
 def _looked(of: Sequence[Spans]) -> list[float]:
     return [g.ns / 1e9 for s in of for g in s.gates if g.looks]
-
-
-def _routing(of: Sequence[Spans]) -> list[float]:
-    return [g.ns / 1e9 for s in of for g in s.gates if g.tokens == 1]
 
 
 def _context(spans: Spans) -> int:
